@@ -1,0 +1,43 @@
+"""Weight normalization for PyTorch: in the optimizer, on a plain model (Salimans & Kingma, 2016).
+
+The public page. Names are looked up when first used, so that the command line starts without importing torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from weightnorm._version import __version__
+
+if TYPE_CHECKING:
+    from weightnorm import formula as formula
+    from weightnorm.axes import register_axis as register_axis
+    from weightnorm.optim import SGD as SGD
+    from weightnorm.optim import Adam as Adam
+    from weightnorm.optim import Adamax as Adamax
+    from weightnorm.optim import AdamW as AdamW
+    from weightnorm.optim import param_groups as param_groups
+    from weightnorm.optim import wrap as wrap
+
+_HOME = {
+    "SGD": "optim",
+    "Adam": "optim",
+    "AdamW": "optim",
+    "Adamax": "optim",
+    "wrap": "optim",
+    "param_groups": "optim",
+    "register_axis": "axes",
+}
+
+__all__ = ["__version__", "formula", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "formula":
+        return import_module("weightnorm.formula")
+    if name in _HOME:
+        return getattr(import_module(f"weightnorm.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'weightnorm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,130 @@
+"""Which axis of a layer's weight holds its outputs, so that there is one length per output unit.
+
+The paper normalises one vector per neuron. For most layers that is axis 0 of the weight; transposed convolutions keep
+their outputs on axis 1 and, with ``groups > 1``, partly on axis 0 as well; recurrent weights hold one row per gate
+unit. ``register_axis`` teaches the library a further layer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+
+from torch import Tensor, nn
+
+from weightnorm.formula import kept_axes
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where a weight's vectors lie: along ``dim``, in each of ``groups`` equal blocks of axis 0.
+
+    Attributes:
+        dim: the axis kept, non-negative or counted from the end; None: the whole tensor is one vector.
+        groups: 1, but for a grouped transposed convolution, whose weight ``(in, out/groups, ...)`` holds group ``i``'s
+            input channels in block ``i`` of axis 0, so that an output channel is a block *and* an index along axis 1.
+
+    Example:
+        >>> import torch
+        >>> Axis(1, groups=2).split(torch.zeros(6, 4, 3)).shape
+        torch.Size([2, 3, 4, 3])
+    """
+
+    dim: int | None
+    groups: int = 1
+
+    def split(self, weight: Tensor) -> Tensor:
+        """View ``weight`` so that ``kept(weight)`` are whole axes: blocks of axis 0 become an axis of their own."""
+        return weight if self.groups == 1 else weight.unflatten(0, (self.groups, -1))
+
+    def kept(self, weight: Tensor) -> tuple[int, ...]:
+        """Return the axes of ``split(weight)`` that are kept; the ``dim`` that the formula takes."""
+        axes = kept_axes(weight.ndim, self.dim)
+        return axes if self.groups == 1 else (0, *(axis + 1 for axis in axes))
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Return ``weight`` as a matrix, a vector a row; a view where its layout allows one."""
+        split = self.split(weight)
+        kept = self.kept(weight)
+        count = prod(split.shape[axis] for axis in kept)
+        return split.movedim(kept, tuple(range(len(kept)))).reshape(count, -1)
+
+    def from_rows(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Undo ``rows``: return the matrix as a tensor of the shape of ``weight``."""
+        split, kept = self.split(weight), self.kept(weight)
+        front = tuple(range(len(kept)))
+        moved = split.movedim(kept, front).shape
+        return rows.reshape(moved).movedim(front, kept).reshape(weight.shape)
+
+
+Rule = int | Callable[[nn.Module], Axis]
+
+_rules: dict[str, dict[str, Rule]] = {}  # dotted layer type -> parameter name pattern -> its axis
+
+
+def register_axis(layer: type[nn.Module] | str, name: str = "weight", dim: Rule = 0) -> None:
+    """Tell the library which axis of a layer's weight holds its outputs; subclasses inherit it.
+
+    Args:
+        layer: the layer's type, or its dotted name, so that a package need not be imported to name its layer.
+        name: the parameter's name, or a pattern of names such as ``"weight_ih_l*"``.
+        dim: the output axis, or a function from the layer to its ``Axis``. Default 0.
+
+    Raises:
+        TypeError: if ``layer`` is neither a type nor a dotted name.
+
+    Example:
+        >>> import weightnorm as wn
+        >>> class Transposed(nn.Module):
+        ...     "Keeps its weight as (in, out)."
+        >>> wn.register_axis(Transposed, "weight", dim=1)
+    """
+    if not isinstance(layer, str | type):
+        raise TypeError(f"register_axis takes a layer's type or its dotted name; got {layer!r}. Pass type(layer).")
+    dotted = layer if isinstance(layer, str) else _dotted(layer)
+    _rules.setdefault(dotted, {})[name] = dim
+
+
+def output_axis(module: nn.Module, name: str = "weight") -> Axis | None:
+    """Return where the vectors of a layer's weight lie, one per output unit.
+
+    Args:
+        module: the layer.
+        name: its parameter's name.
+
+    Returns:
+        The axis, or None where the layer or the parameter is not known to hold weight vectors.
+
+    Example:
+        >>> output_axis(nn.ConvTranspose1d(6, 4, 3)), output_axis(nn.LayerNorm(3))
+        (Axis(dim=1, groups=1), None)
+    """
+    for kind in type(module).__mro__:
+        for pattern, rule in _rules.get(_dotted(kind), {}).items():
+            if fnmatchcase(name, pattern):
+                return Axis(rule) if isinstance(rule, int) else rule(module)
+    return None
+
+
+def _dotted(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _transposed(module: nn.Module) -> Axis:
+    """Weight ``(in, out/groups, *kernel)``: the outputs are on axis 1 of each group's block."""
+    groups = module.groups
+    assert isinstance(groups, int)
+    return Axis(1, groups)
+
+
+for _layer in (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.EmbeddingBag):
+    register_axis(_layer)
+for _transposing in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+    register_axis(_transposing, dim=_transposed)
+for _pattern in ("weight_ih_l*", "weight_hh_l*", "weight_hr_l*"):  # hr: the projection of LSTM(proj_size=...)
+    register_axis(nn.RNNBase, _pattern)
+for _pattern in ("weight_ih", "weight_hh"):
+    register_axis(nn.RNNCellBase, _pattern)
+for _pattern in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+    register_axis(nn.MultiheadAttention, _pattern)
+register_axis("transformers.pytorch_utils.Conv1D", dim=1)  # GPT-2's linear layer, weight (in, out)

@@ -1,0 +1,84 @@
+"""The inner optimizers' param groups: what each coordinate and plain parameter steps with."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from weightnorm.optim.coordinates import Coordinates, State
+from weightnorm.optim.groups import Group
+from weightnorm.optim.rules import Rule, default_options
+
+
+@dataclass
+class Bucket:
+    """One param group of an inner optimizer: members of an outer group that share their options.
+
+    Attributes:
+        inner: the inner group.
+        outer: the outer group; read at every step, since schedulers change it.
+        names: the options that the inner optimizer knows.
+        fixed: options that do not follow the outer group.
+        lr_factor: multiplies the outer group's learning rate.
+    """
+
+    inner: Group
+    outer: Group
+    names: State
+    fixed: State
+    lr_factor: float
+
+    def sync(self) -> None:
+        """Bring the inner group's options up to date."""
+        self.inner |= {name: self.outer[name] for name in self.names if name in self.outer} | self.fixed
+        if self.lr_factor != 1:
+            self.inner["lr"] = self.outer["lr"] * self.lr_factor
+
+
+class Buckets:
+    """All buckets of an optimizer: ``main`` for the rule that steps on ``v``, ``rest`` for that of everything else.
+
+    Args:
+        rule: makes the optimizer for ``v``.
+        g_rule: makes the one for ``g`` and plain parameters; None: ``rule`` does, and ``rest`` is ``main``.
+    """
+
+    def __init__(self, rule: Rule, g_rule: Rule | None):
+        self.main: list[Group] = []
+        self.rest: list[Group] = [] if g_rule else self.main
+        self._names = default_options(rule)
+        self._g_names = default_options(g_rule) if g_rule else None
+        self._buckets: dict[tuple[int, bool, bool, float], Bucket] = {}
+
+    def add_normalized(self, coordinates: Coordinates, group: Group) -> None:
+        """Add the coordinates of one weight of a group."""
+        factor = coordinates.row_length**0.5 if group["g_lr"] == "sqrt" else group["g_lr"]
+        self._bucket(group, is_v=True, decays=group["decay"] == "both")["params"].append(coordinates.v)
+        self._bucket(group, is_v=False, lr_factor=factor)["params"].append(coordinates.g)
+
+    def add_plain(self, parameter: nn.Parameter, group: Group) -> None:
+        """Add a parameter that is stepped on as it is."""
+        self._bucket(group, is_v=False)["params"].append(parameter)
+
+    def sync(self) -> None:
+        """Bring all inner groups' options up to date."""
+        for bucket in self._buckets.values():
+            bucket.sync()
+
+    def _bucket(self, group: Group, *, is_v: bool, decays: bool = True, lr_factor: float = 1.0) -> Group:
+        """Return the inner group for members that differ in nothing named here."""
+        names, fixed = self._names, {}
+        if self._g_names and not is_v:
+            names = self._g_names
+            if group["weight_norm"] is not False:
+                # The group's options are the other rule's: this one keeps its own, and its learning rate in proportion.
+                fixed = {name: value for name, value in names.items() if name not in ("lr", "maximize")}
+                lr_factor *= names["lr"] / self._names["lr"]
+        if not decays and "weight_decay" in names:
+            fixed = {"weight_decay": 0.0}
+        target = self.main if is_v else self.rest
+        key = (id(group), target is self.main, decays, lr_factor)
+        if key not in self._buckets:
+            self._buckets[key] = Bucket({"params": []}, group, names, fixed, lr_factor)
+            self._buckets[key].sync()
+            target.append(self._buckets[key].inner)
+        return self._buckets[key].inner

@@ -1,0 +1,126 @@
+"""One weight as the optimizer sees it: direction and length while a step runs, a plain tensor otherwise.
+
+This file alone owns the scale ``s = g/‖v‖``, the pull-back of the gradient and the increment of the weight.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weightnorm.axes import Axis
+from weightnorm.formula import advance, pull_back, row_lengths, wide_dtype
+
+State = dict[str, Any]
+
+SCALE = "scale"  # s = g/‖v‖ per vector; 0: not set yet, the vector had no direction so far
+MASTER = "master"  # the weight in the wide dtype, where the weight's own is narrower
+
+
+class Coordinates:
+    """The coordinates ``(v, g)`` of one normalised weight.
+
+    ``v`` and ``g`` are what the inner optimizer steps on. They hold tensors only between ``open`` and ``close``: at
+    rest the weight and its scale are all there is, so nothing goes stale when somebody else changes the weight.
+
+    Args:
+        weight: the parameter, floating point, at least one element.
+        axis: where its vectors lie.
+        as_matrix: show ``v`` to the inner optimizer as a matrix, a vector a row; else shaped like the weight.
+    """
+
+    def __init__(self, weight: nn.Parameter, axis: Axis, *, as_matrix: bool = False):
+        self.weight = weight
+        self._axis = axis
+        self._dim = axis.kept(weight)
+        self._as_matrix = as_matrix
+        # Some optimizers make state in their constructor, so v and g start with their shapes and dtypes.
+        wide = axis.split(weight.detach().to(wide_dtype(weight.dtype)))
+        length, _ = row_lengths(wide, self._dim)
+        self.row_length = weight.numel() // length.numel()
+        self._w = self._length = self._scale = torch.empty(0)  # the weight, ‖w‖ and the scale while a step runs
+        self.v = nn.Parameter(self._pack(wide), requires_grad=False)
+        self.g = nn.Parameter(length, requires_grad=False)
+
+    def open(self, state: State, v_std: float | None) -> None:
+        """Fill ``v``, ``g`` and their gradients from the weight, its gradient and its scale.
+
+        ``pull_back`` at ``v = w``, ``g = ‖w‖`` gives the gradients for scale 1; another scale ``s`` multiplies ∂v by
+        ``s`` and ∂g by its sign. A vector with no direction has ``g = 0`` and ``∂g = 0`` and takes a plain step in ``v``.
+        """
+        self._w = self._axis.split(self._wide_weight(state))
+        gradient = self._axis.split(self._wide_gradient())
+        length, alive = row_lengths(self._w, self._dim)
+        self._length = torch.where(alive, length, 0)
+        self._set_scale(state, alive, v_std)
+
+        grad_v, grad_g = pull_back(gradient, self._w, self._length, self._dim)
+        grad_v = torch.where(alive, grad_v, gradient)
+        self.v.data, self.g.data = self._pack(self._start_v()), self._start_g()
+        self.v.grad, self.g.grad = self._pack(self._scale * grad_v), self._scale.sign() * grad_g
+
+    def apply(self, state: State) -> None:
+        """Move the weight and its scale as the inner optimizer moved ``v`` and ``g`` since ``open``."""
+        step_v = self._unpack(self.v.data) - self._start_v()
+        step_g = self.g.data - self._start_g()
+        weight, scale = advance(self._w, self._scale, step_v, step_g, self._dim)
+        # In place: a CUDA graph replays these addresses. A scale that is not set yet stays so.
+        state[SCALE].copy_(torch.where(state[SCALE] == 0, 0, scale))
+        weight = weight.reshape(self.weight.shape)
+        if MASTER in state:
+            state[MASTER].copy_(weight)
+        self.weight.copy_(weight)
+
+    def close(self) -> None:
+        """Drop the tensors of the step."""
+        for coordinate in (self.v, self.g):
+            coordinate.grad = None
+            coordinate.data = coordinate.data.new_empty(0)
+        self._w = self._length = self._scale = torch.empty(0)
+
+    def _start_v(self) -> Tensor:
+        # Computed again rather than kept: the same bits, and one copy of the weights less while the step runs.
+        return self._w / self._scale
+
+    def _start_g(self) -> Tensor:
+        return self._scale.sign() * self._length
+
+    def _set_scale(self, state: State, alive: Tensor, v_std: float | None) -> None:
+        """Give vectors that got their direction since the last step the scale that sets their ``‖v‖``."""
+        if SCALE not in state:
+            state[SCALE] = torch.zeros_like(self._length)
+        if v_std is None:
+            initial = torch.ones_like(self._length)  # v = w
+        else:
+            initial = self._length / (v_std * self.row_length**0.5)  # ‖v‖ as if v were drawn N(0, v_std²)
+        state[SCALE].copy_(torch.where(alive & (state[SCALE] == 0), initial, state[SCALE]))
+        self._scale = torch.where(state[SCALE] == 0, 1, state[SCALE])
+
+    def _wide_weight(self, state: State) -> Tensor:
+        """Return the weight in the wide dtype: the master where it still rounds to the weight, else the weight."""
+        weight = self.weight.detach()
+        wide = weight.to(wide_dtype(weight.dtype))
+        if wide.dtype == weight.dtype:
+            return wide
+        if MASTER not in state:
+            state[MASTER] = wide.clone()
+        master: Tensor = state[MASTER]
+        return torch.where(master.to(weight.dtype) == weight, master, wide)
+
+    def _wide_gradient(self) -> Tensor:
+        """Return the gradient in the wide dtype and in the weight's memory layout, which fused rules rely on."""
+        gradient = self.weight.grad
+        assert gradient is not None
+        dtype = wide_dtype(self.weight.dtype)
+        if gradient.dtype == dtype and gradient.stride() == self.weight.stride():
+            return gradient
+        return torch.empty_like(self.weight, dtype=dtype).copy_(gradient)
+
+    def _pack(self, x: Tensor) -> Tensor:
+        """Return a split tensor as ``v`` is shown to the inner optimizer."""
+        whole = x.reshape(self.weight.shape)
+        return self._axis.rows(whole) if self._as_matrix else whole
+
+    def _unpack(self, x: Tensor) -> Tensor:
+        """Undo ``_pack``."""
+        return self._axis.split(self._axis.from_rows(x, self.weight) if self._as_matrix else x)

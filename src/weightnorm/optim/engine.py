@@ -1,0 +1,122 @@
+"""The torch optimizers inside: they step on ``v``, ``g`` and the plain parameters.
+
+Between steps they hold nothing. All state lives in the outer optimizer's ``state[weight]`` and is lent to them for the
+length of a step, so there is one place to save, load, edit or clear it, and it is the one that torch's users know.
+"""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weightnorm.optim.buckets import Buckets
+from weightnorm.optim.coordinates import MASTER, SCALE, Coordinates, State
+from weightnorm.optim.groups import Group, group_axis, is_normalized
+from weightnorm.optim.rules import Rule, is_matrix_rule
+
+LENGTH = "g."  # prefix, in a weight's state, of what the rule keeps for g; what it keeps for v has torch's own names
+
+
+class Engine:
+    """The inner optimizers for an outer optimizer's groups as they were when this was built.
+
+    Args:
+        groups: the outer optimizer's groups.
+        rule: makes the optimizer for ``v``, and for ``g`` and plain parameters too where ``g_rule`` is None.
+        g_rule: makes the optimizer for those.
+        state: the outer optimizer's state; it takes what a rule's constructor makes.
+    """
+
+    def __init__(self, groups: list[Group], rule: Rule, g_rule: Rule | None, state: MutableMapping[Tensor, State]):
+        self._built_for = _signature(groups)
+        self._selected = [p for group in groups for p in group["params"] if is_normalized(group, p)]
+        self._normalized: list[tuple[Coordinates, Group]] = []
+        self._plain: list[nn.Parameter] = []
+        self._buckets = Buckets(rule, g_rule)
+        for group in groups:
+            self._enter(group, as_matrix=is_matrix_rule(rule))
+        self._main = rule(self._buckets.main)
+        self._rest = g_rule(self._buckets.rest) if g_rule else self._main
+        self._adopt_constructed_state(state)
+
+    def is_stale(self, groups: list[Group]) -> bool:
+        """Say whether members came or went, or options changed that shape the buckets."""
+        return self._built_for != _signature(groups)
+
+    def step(self, state: MutableMapping[Tensor, State]) -> None:
+        """Step every parameter that has a gradient, and leave its state in ``state``."""
+        self._check_gradients()
+        self._buckets.sync()
+        moving = [(c, group) for c, group in self._normalized if c.weight.grad is not None]
+        try:
+            for coordinates, group in moving:
+                coordinates.open(state[coordinates.weight], group["v_std"])
+                self._lend(coordinates, state[coordinates.weight])
+            for parameter in self._plain:
+                if parameter.grad is not None:
+                    self._rest.state[parameter] = state[parameter]
+            self._main.step()
+            if self._rest is not self._main:
+                self._rest.step()
+            for coordinates, _ in moving:
+                self._take_back(coordinates, state[coordinates.weight])
+                coordinates.apply(state[coordinates.weight])
+        finally:
+            self._clear()
+
+    def _enter(self, group: Group, as_matrix: bool) -> None:
+        for parameter in group["params"]:
+            if is_normalized(group, parameter) and not parameter.is_complex():
+                coordinates = Coordinates(parameter, group_axis(group), as_matrix=as_matrix)
+                self._normalized.append((coordinates, group))
+                self._buckets.add_normalized(coordinates, group)
+            else:
+                self._plain.append(parameter)
+                self._buckets.add_plain(parameter, group)
+
+    def _lend(self, coordinates: Coordinates, state: State) -> None:
+        of_v, of_g = self._main.state[coordinates.v], self._rest.state[coordinates.g]
+        for name, value in state.items():
+            if name.startswith(LENGTH):
+                of_g[name.removeprefix(LENGTH)] = value
+            elif name not in (SCALE, MASTER):
+                of_v[name] = value
+
+    def _take_back(self, coordinates: Coordinates, state: State) -> None:
+        state.update(self._main.state[coordinates.v])
+        state.update({LENGTH + name: value for name, value in self._rest.state[coordinates.g].items()})
+
+    def _adopt_constructed_state(self, state: MutableMapping[Tensor, State]) -> None:
+        """Keep what rules such as Adagrad make in their constructor, for parameters that have no state yet."""
+        for coordinates, _ in self._normalized:
+            if self._main.state.get(coordinates.v) and not state.get(coordinates.weight):
+                self._take_back(coordinates, state[coordinates.weight])
+        for parameter in self._plain:
+            if self._rest.state.get(parameter) and not state.get(parameter):
+                state[parameter] = self._rest.state[parameter]
+        self._clear()
+
+    def _clear(self) -> None:
+        self._main.state.clear()
+        self._rest.state.clear()
+        for coordinates, _ in self._normalized:
+            coordinates.close()
+
+    def _check_gradients(self) -> None:
+        """Refuse, before anything has moved, gradients that cannot be pulled back."""
+        for weight in self._selected:
+            gradient = weight.grad
+            if gradient is not None and (gradient.layout != torch.strided or gradient.is_complex()):
+                kind = "complex" if gradient.is_complex() else "sparse"
+                raise ValueError(
+                    f"the gradient of a weight of shape {tuple(weight.shape)} is {kind}; weight normalization needs "
+                    "dense real ones. Leave the weight plain (skip= in param_groups, weight_norm=False in its group)"
+                    + (" or give its layer sparse=False" if kind == "sparse" else "")
+                )
+
+
+def _signature(groups: list[Group]) -> list[tuple[Any, ...]]:
+    """Return what the buckets were built from."""
+    shaping = ("weight_norm", "dim", "groups", "g_lr", "decay")
+    return [(*map(id, group["params"]), *(group[name] for name in shaping)) for group in groups]

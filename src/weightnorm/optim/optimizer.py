@@ -1,0 +1,189 @@
+"""The optimizer form: a torch optimizer that steps on length and direction while the model keeps plain weights."""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightnorm.formula import wide_dtype
+from weightnorm.optim.engine import LENGTH, Engine
+from weightnorm.optim.groups import Group, ModelOrParams, as_param_groups, group_axis, is_normalized
+from weightnorm.optim.rules import Rule, check_rule, default_options
+
+_STRUCTURE = (
+    "weight_norm",
+    "dim",
+    "groups",
+)  # options that say what a group's tensors are, not how they are trained
+_MAY_BE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "v_std": (lambda value: value is None or value > 0, "None or a positive number"),
+    "g_lr": (
+        lambda value: value == "sqrt" or (not isinstance(value, str) and value >= 0),
+        '"sqrt" or a number >= 0',
+    ),
+    "decay": (lambda value: value in ("both", "g"), '"both" or "g"'),
+    "weight_norm": (lambda value: value in (None, True, False), "None, True or False"),
+}
+
+
+class WeightNormOptimizer(torch.optim.Optimizer):
+    """Any torch optimizer, stepping on ``(v, g)`` of each normalised weight ``w = g v/‖v‖`` (eq. 2).
+
+    The parameters stay plain: forward, backward and ``model.state_dict()`` see ``w``. Per vector the optimizer keeps
+    one number, ``scale = g/‖v‖``, and what its rule keeps for ``v`` and ``g``. A step pulls the gradient back (eq. 3),
+    lets the rule step on ``(v, g)`` and moves ``w`` as they moved. Whatever changes ``w`` in between is respected.
+
+    Its makers are ``weightnorm.SGD``, ``Adam``, ``AdamW``, ``Adamax`` and, for other rules, ``weightnorm.wrap``.
+
+    Args:
+        params: a model, a list of models, or what torch optimizers take; see ``weightnorm.param_groups``. Of bare
+            tensors every matrix and more is normalised along axis 0, unless its group says ``weight_norm=``, ``dim=``
+            (an axis, or None for the whole tensor) or ``groups=`` (of a grouped transposed convolution, ``dim=1``).
+        rule: makes a torch optimizer from groups: the one that steps on ``v``, ``g`` and plain parameters.
+        g_rule: makes the one that steps on ``g`` and plain parameters instead. None: ``rule`` does.
+        v_std: sets ``‖v‖`` at a vector's first step, as if ``v`` were drawn from N(0, v_std²); the paper's is 0.05.
+            The larger, the less a step turns the direction. None: ``v = w``, as in torch's weight_norm.
+        g_lr: multiplies the learning rate of ``g``; 0 freezes lengths; "sqrt" means sqrt(k), k the vector's length,
+            since under Adam a plain weight's norm moves by up to lr·sqrt(k) a step and ``g`` only by lr.
+        decay: weight decay acts on "both" v and g, or on "g". On v it changes no output, only ``‖v‖``.
+
+    Raises:
+        ValueError: if an option is out of its range, or nothing among the parameters can be normalised.
+
+    Source: Salimans & Kingma 2016, section 2.
+    """
+
+    def __init__(
+        self,
+        params: ModelOrParams,
+        rule: Rule,
+        g_rule: Rule | None = None,
+        *,
+        v_std: float | None = None,
+        g_lr: float | str = 1.0,
+        decay: str = "both",
+    ):
+        check_rule(rule, g_rule)
+        defaults = default_options(rule) | {"v_std": v_std, "g_lr": g_lr, "decay": decay}
+        if defaults.get("differentiable"):
+            raise ValueError("differentiable=True cannot work: the step runs outside autograd. Leave it False")
+        self._rule, self._g_rule, self._engine = rule, g_rule, None
+        super().__init__(as_param_groups(params), defaults | {"weight_norm": None, "dim": 0, "groups": 1})
+        self._engine = self._build_engine()
+        self._say_what_is_normalized()
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group as in torch, with ``weight_norm=``, ``dim=``, ``groups=`` to say what of it is normalised.
+
+        Args:
+            param_group: a dict with ``params`` and any options that differ from the defaults.
+
+        Raises:
+            ValueError: if an option is out of its range; the group is not added then.
+        """
+        if self._g_rule and param_group.get("weight_norm") is False:
+            param_group = default_options(self._g_rule) | param_group
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: evaluates the model again and returns the loss; called once.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: if a normalised weight has a sparse or complex gradient; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._engine is None or self._engine.is_stale(self.param_groups):
+            self._engine = self._build_engine()
+        self._engine.step(self.state)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned, to the last bit.
+
+        Args:
+            state_dict: the state of an optimizer built for the same groups.
+
+        Raises:
+            ValueError: if the groups differ in number or size, or are normalised along other axes.
+        """
+        structure = [{name: group[name] for name in _STRUCTURE} for group in self.param_groups]
+        for ours, saved in zip(structure, state_dict["param_groups"], strict=False):
+            if (theirs := {name: saved.get(name, ours[name]) for name in _STRUCTURE}) != ours:
+                raise ValueError(f"saved for a group with {theirs}, loaded into one with {ours}; build both alike")
+        super().load_state_dict(state_dict)
+        for ours, group in zip(structure, self.param_groups, strict=True):
+            group |= {name: value for name, value in self.defaults.items() if name not in group} | ours
+        self._undo_casts(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_rule": self._rule, "_g_rule": self._g_rule}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._engine = None  # built for other groups or another state
+
+    def _build_engine(self) -> Engine:
+        return Engine(self.param_groups, self._rule, self._g_rule, self.state)
+
+    def _undo_casts(self, saved: dict[str, Any]) -> None:
+        """Put back what torch rounded to the dtype of the weights while loading."""
+        saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
+        members = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+        for (group, parameter), saved_id in zip(members, saved_ids, strict=True):
+            if not is_normalized(group, parameter):
+                continue
+            state = self.state.get(parameter, {})
+            for name, value in saved["state"].get(saved_id, {}).items():
+                if name == LENGTH + "step":  # torch knows "step" and where it belongs
+                    state[name] = value.to(state["step"])
+                elif isinstance(value, Tensor) and name != "step":
+                    dtype = wide_dtype(parameter.dtype) if value.is_floating_point() else value.dtype
+                    state[name] = value.to(parameter.device, dtype)
+
+    def _say_what_is_normalized(self) -> None:
+        members = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+        count = sum(is_normalized(group, parameter) for group, parameter in members)
+        if count == 0:
+            shapes = ", ".join(str(tuple(parameter.shape)) for _, parameter in members[:4])
+            raise ValueError(
+                f"nothing to normalise: no matrix among {len(members)} tensors ({shapes}...), or all were left plain. "
+                "Flattened shards (FSDP1, DeepSpeed ZeRO) hide the rows: use FSDP2 (fully_shard). "
+                "To train without weight normalization use torch.optim"
+            )
+        _tell(f"{count} of {len(members)} tensors normalised; print(weightnorm.param_groups(model)) for the list")
+
+
+def _check_group(group: Group) -> None:
+    for name, (is_right, what) in _MAY_BE.items():
+        if not is_right(group[name]):
+            raise ValueError(f"{name} must be {what}; got {group[name]!r}")
+    for parameter in group["params"]:
+        if is_normalized(group, parameter):
+            group_axis(group).kept(parameter)
+
+
+def _tell(line: str) -> None:
+    """Log a line as information; where the program has not set up logging, say it on stderr."""
+    logger = logging.getLogger("weightnorm")
+    if logger.hasHandlers():
+        logger.info(line)
+    else:
+        print(f"weightnorm: {line}", file=sys.stderr)

@@ -46,7 +46,7 @@ class Coordinates:
         """Fill ``v``, ``g`` and their gradients from the weight, its gradient and its scale.
 
         ``pull_back`` at ``v = w``, ``g = ‖w‖`` gives the gradients for scale 1; another scale ``s`` multiplies ∂v by
-        ``s`` and ∂g by its sign. A vector with no direction has ``g = 0`` and ``∂g = 0`` and takes a plain step in ``v``.
+        ``s`` and ∂g by its sign. A vector with no direction has ``g = 0``, ``∂g = 0`` and takes a plain step in ``v``.
         """
         self._w = self._axis.split(self._wide_weight(state))
         gradient = self._axis.split(self._wide_gradient())

@@ -56,7 +56,7 @@ class ParamGroups(list[Group]):
         groups: dict[tuple[Axis | None, bool], Group] = {}
         for entry in entries:
             group = groups.setdefault((entry.axis, entry.decays), _options(entry))
-            group["params"].append((entry.name, entry.parameter))
+            group["params"].append(entry.parameter)
         super().__init__(groups.values())
 
     def __str__(self) -> str:
@@ -96,10 +96,10 @@ def param_groups(
     Example:
         >>> import weightnorm as wn
         >>> print(wn.param_groups(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), no_decay=["*.bias"]))
-        0.weight                                          8x3x3x3  normalised along axis 0
-        0.bias                                                  8  plain: a vector, no decay
-        1.weight                                                8  plain: a vector
-        1.bias                                                  8  plain: a vector, no decay
+        0.weight                                            8x3x3x3  normalised along axis 0
+        0.bias                                                    8  plain: a vector, no decay
+        1.weight                                                  8  plain: a vector
+        1.bias                                                    8  plain: a vector, no decay
         1 of 4 tensors normalised
     """
     owners: dict[nn.Parameter, list[Use]] = {}

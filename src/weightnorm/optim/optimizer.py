@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weightnorm.formula import wide_dtype
-from weightnorm.optim.engine import LENGTH, Engine
+from weightnorm.optim.engine import Engine
 from weightnorm.optim.groups import Group, ModelOrParams, as_param_groups, group_axis, is_normalized
 from weightnorm.optim.rules import Rule, check_rule, default_options
 
@@ -125,9 +125,11 @@ class WeightNormOptimizer(torch.optim.Optimizer):
             ValueError: if the groups differ in number or size, or are normalised along other axes.
         """
         structure = [{name: group[name] for name in _STRUCTURE} for group in self.param_groups]
-        for ours, saved in zip(structure, state_dict["param_groups"], strict=False):
-            if (theirs := {name: saved.get(name, ours[name]) for name in _STRUCTURE}) != ours:
-                raise ValueError(f"saved for a group with {theirs}, loaded into one with {ours}; build both alike")
+        saved_groups = state_dict["param_groups"]
+        if len(saved_groups) == len(structure):  # torch refuses other numbers
+            for ours, saved in zip(structure, saved_groups, strict=True):
+                if (theirs := {name: saved.get(name, ours[name]) for name in _STRUCTURE}) != ours:
+                    raise ValueError(f"saved for a group with {theirs}, loaded into one with {ours}; build both alike")
         super().load_state_dict(state_dict)
         for ours, group in zip(structure, self.param_groups, strict=True):
             group |= {name: value for name, value in self.defaults.items() if name not in group} | ours
@@ -146,20 +148,24 @@ class WeightNormOptimizer(torch.optim.Optimizer):
     def _undo_casts(self, saved: dict[str, Any]) -> None:
         """Put back what torch rounded to the dtype of the weights while loading."""
         saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
-        members = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
-        for (group, parameter), saved_id in zip(members, saved_ids, strict=True):
-            if not is_normalized(group, parameter):
-                continue
-            state = self.state.get(parameter, {})
+        options = default_options(self._g_rule or self._rule)
+        for (group, parameter), saved_id in zip(self._members(), saved_ids, strict=True):
+            counts_on_device = any((options | group).get(name) for name in ("capturable", "fused"))
             for name, value in saved["state"].get(saved_id, {}).items():
-                if name == LENGTH + "step":  # torch knows "step" and where it belongs
-                    state[name] = value.to(state["step"])
-                elif isinstance(value, Tensor) and name != "step":
+                if not isinstance(value, Tensor) or name == "step":  # torch knows "step" and where it belongs
+                    continue
+                if value.ndim == 0:
+                    device = parameter.device if counts_on_device else value.device
+                    self.state[parameter][name] = value.to(device)
+                elif is_normalized(group, parameter):
                     dtype = wide_dtype(parameter.dtype) if value.is_floating_point() else value.dtype
-                    state[name] = value.to(parameter.device, dtype)
+                    self.state[parameter][name] = value.to(parameter.device, dtype)
+
+    def _members(self) -> list[tuple[Group, Tensor]]:
+        return [(group, parameter) for group in self.param_groups for parameter in group["params"]]
 
     def _say_what_is_normalized(self) -> None:
-        members = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+        members = self._members()
         count = sum(is_normalized(group, parameter) for group, parameter in members)
         if count == 0:
             shapes = ", ".join(str(tuple(parameter.shape)) for _, parameter in members[:4])

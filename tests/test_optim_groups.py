@@ -1,0 +1,226 @@
+"""What gets normalised and what stays plain, what the optimizer says about it, and what it refuses."""
+
+import inspect
+import logging
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm as torch_weight_norm
+
+import weightnorm as wn
+from nets import conv_net
+
+O = torch.optim
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.body = nn.Linear(4, 4)
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3, 4))
+        self.linear, self.deconv = nn.Linear(3, 3, bias=False), nn.ConvTranspose1d(3, 3, 1, bias=False)
+        self.deconv.weight = self.linear.weight
+
+
+def treatments(model, **choices):
+    return {
+        e.name: (e.axis and (e.axis.dim, e.axis.groups)) or e.reason for e in wn.param_groups(model, **choices).entries
+    }
+
+
+MODELS = {
+    "conv net": (
+        conv_net(),
+        {"0.weight": (0, 1), "2.weight": (1, 1), "5.weight": (0, 1), "0.bias": "a vector"},
+    ),
+    "norm layers": (nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), {"1.weight": "a vector"}),
+    "grouped": (nn.ConvTranspose2d(4, 6, 3, groups=2), {"weight": (1, 2)}),
+    "rnn": (nn.LSTM(3, 4), {"weight_ih_l0": (0, 1), "weight_hh_l0": (0, 1), "bias_ih_l0": "a vector"}),
+    "attention": (nn.MultiheadAttention(4, 2), {"in_proj_weight": (0, 1), "out_proj.weight": (0, 1)}),
+    "tied": (Tied(), {"embed.weight": "tied to an embedding", "body.weight": (0, 1)}),
+    "embedding": (nn.Embedding(3, 4), {"weight": "an embedding"}),
+    "unknown": (
+        Odd(),
+        {
+            "table": "no output axis known for Odd.table (register_axis)",
+            "linear.weight": "shared by layers with different output axes",
+        },
+    ),
+    "parametrized": (
+        torch_weight_norm(nn.Linear(3, 4)),
+        {"parametrizations.weight.original1": "carries another parametrization", "bias": "a vector"},
+    ),
+    "two models": ([nn.Linear(3, 4), nn.Linear(3, 4)], {"0.weight": (0, 1), "1.weight": (0, 1)}),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_of_a_model_is_normalised(model):
+    model, expected = MODELS[model]
+    found = treatments(model)
+    assert {name: found[name] for name in expected} == expected
+    parts = model if isinstance(model, list) else [model]
+    assert len(found) == sum(len(list(part.parameters())) for part in parts)
+
+
+def test_choices_by_name_and_by_type():
+    net = nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    assert treatments(net, skip=["2.*"])["2.weight"] == "skipped"
+    assert treatments(net, skip=[nn.Conv1d])["0.weight"] == "skipped"
+    assert treatments(Tied(), include=["embed*"])["embed.weight"] == (0, 1)
+    groups = wn.param_groups(net, no_decay=["*.bias", nn.BatchNorm1d])
+    assert {e.name for e in groups.entries if not e.decays} == {"0.bias", "1.weight", "1.bias", "2.bias"}
+    assert sum(group.get("weight_decay", 1) == 0 for group in groups) == 1
+    assert wn.AdamW(groups, weight_decay=0.3).param_groups[0]["weight_decay"] == 0.3
+
+
+def test_bare_tensors_are_normalised_when_they_are_matrices():
+    matrix, conv, column = torch.randn(3, 4), torch.randn(2, 3, 1, 5), torch.randn(1, 8, 1)
+    parameters = [nn.Parameter(x) for x in (matrix, conv, column, torch.randn(5), torch.tensor(1.0))]
+    optimizer = wn.SGD(parameters, lr=0.1)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert ["scale" in optimizer.state[p] for p in parameters] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(("options", "shape"), [({"dim": 1}, (1, 4)), ({"dim": -1}, (1, 4)), ({"dim": None}, (1, 1))])
+def test_a_group_says_its_axis(options, shape):
+    weight, plain = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3, 4))
+    groups = [{"params": [weight], **options}, {"params": [plain], "weight_norm": False}]
+    optimizer = wn.SGD(groups, lr=0.1)
+    weight.grad = plain.grad = torch.ones(3, 4)
+    optimizer.step()
+    assert optimizer.state[weight]["scale"].shape == shape
+    assert "scale" not in optimizer.state[plain]
+
+
+def test_named_parameters_keep_their_names():
+    optimizer = wn.AdamW(conv_net().named_parameters())
+    assert optimizer.param_groups[0]["param_names"][0] == "0.weight"  # as torch keeps them
+    assert optimizer.state_dict()["param_groups"][0]["param_names"][0] == "0.weight"
+
+
+def test_one_line_says_what_was_normalised(capsys, caplog, monkeypatch):
+    line = "3 of 6 tensors normalised; print(weightnorm.param_groups(model)) for the list"
+    with caplog.at_level(logging.INFO, logger="weightnorm"):
+        wn.AdamW(conv_net())
+    assert [record.getMessage() for record in caplog.records] == [line]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(logging.getLogger("weightnorm"), "propagate", False)  # as if logging was not set up
+    wn.AdamW(conv_net())
+    assert capsys.readouterr().err == f"weightnorm: {line}\n"
+
+
+def linear():
+    return nn.Linear(3, 4)
+
+
+REFUSED = {
+    "flattened shards": (lambda: wn.AdamW([nn.Parameter(torch.ones(12))]), "nothing to normalise.*FSDP2"),
+    "all left plain": (
+        lambda: wn.AdamW([{"params": linear().parameters(), "weight_norm": False}]),
+        "nothing to normalise",
+    ),
+    "LBFGS": (lambda: wn.wrap(O.LBFGS, linear()), r"LBFGS cannot step on \(v, g\): .*use a first-order"),
+    "SparseAdam": (lambda: wn.wrap(O.SparseAdam, linear()), "SparseAdam cannot step"),
+    "SparseAdam for g": (lambda: wn.wrap(O.SGD, linear(), g_class=O.SparseAdam), "SparseAdam cannot step"),
+    "Muon alone": (lambda: wn.wrap(O.Muon, linear()), "Muon steps on matrices only.*g_class="),
+    "differentiable": (lambda: wn.AdamW(linear(), differentiable=True), "differentiable=True cannot work"),
+    "negative lr": (lambda: wn.AdamW(linear(), lr=-1), "Invalid learning rate"),
+    "v_std": (lambda: wn.AdamW(linear(), v_std=0.0), "v_std must be None or a positive number; got 0.0"),
+    "g_lr": (lambda: wn.AdamW(linear(), g_lr="cube"), "g_lr must be \"sqrt\" or a number >= 0; got 'cube'"),
+    "decay": (lambda: wn.AdamW(linear(), decay="v"), 'decay must be "both" or "g"; got \'v\''),
+    "weight_norm": (
+        lambda: wn.AdamW([{"params": linear().parameters(), "weight_norm": "yes"}]),
+        "weight_norm must be None, True or False",
+    ),
+    "dim": (lambda: wn.AdamW([{"params": [linear().weight], "dim": 5}]), "dim=5 names no axis"),
+    "lazy": (lambda: wn.AdamW(nn.LazyLinear(3)), "weight has no shape yet; run one batch"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_say_why_and_what_instead(case):
+    build, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: wn.AdamW(linear().weight), r"got one tensor. Pass \[tensor\]"),
+        (lambda: wn.AdamW([linear(), nn.Parameter(torch.ones(3))]), "a list of models must hold nothing else"),
+        (lambda: wn.AdamW(linear(), momentum=0.9), "unexpected keyword argument 'momentum'"),
+        (lambda: wn.wrap(O.SGD, linear(), lrr=0.9), "unexpected keyword argument 'lrr'"),
+    ],
+)
+def test_wrong_kinds_of_argument(build, message):
+    with pytest.raises(TypeError, match=message):
+        build()
+
+
+def test_a_refused_group_is_not_added():
+    optimizer = wn.AdamW(linear())
+    with pytest.raises(ValueError, match="decay must be"):
+        optimizer.add_param_group({"params": linear().parameters(), "decay": "none"})
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_gradients_that_cannot_be_pulled_back_are_refused_before_anything_moves(kind):
+    linear = nn.Linear(3, 4)
+    other = nn.Embedding(5, 3, sparse=True) if kind == "sparse" else nn.Linear(3, 4, dtype=torch.complex64)
+    optimizer = wn.SGD([*linear.parameters(), other.weight], lr=0.1)
+    before = linear.weight.detach().clone()
+    linear(torch.ones(2, 3)).sum().backward()
+    x = torch.tensor([1, 2]) if kind == "sparse" else torch.ones(2, 3, dtype=torch.complex64)
+    other(x).abs().sum().backward()
+    with pytest.raises(ValueError, match=rf"the gradient of a weight of shape .* is {kind}.*weight_norm=False"):
+        optimizer.step()
+    assert torch.equal(linear.weight, before)
+    assert not optimizer.state
+
+
+def test_sparse_embeddings_that_stay_plain_work():
+    net = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 4))
+    optimizer = wn.SGD(net, lr=0.1)
+    before = net[0].weight.detach().clone()
+    net(torch.tensor([1, 2])).sum().backward()
+    optimizer.step()
+    assert (net[0].weight != before).any(dim=1).tolist() == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adamax"])
+def test_signatures_are_torchs_and_three_more(name):
+    ours, theirs = inspect.signature(getattr(wn, name)), inspect.signature(getattr(O, name))
+    assert list(ours.parameters) == [*theirs.parameters, "v_std", "g_lr", "decay"]
+    for parameter in theirs.parameters.values():
+        assert ours.parameters[parameter.name].default == parameter.default
+    positional = getattr(wn, name)(linear(), 0.123)
+    assert all(group["lr"] == 0.123 for group in positional.param_groups)
+
+
+def test_the_other_rule_of_wrap_keeps_its_options_and_its_share_of_the_schedule():
+    net = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    optimizer = wn.wrap(O.Muon, net, lr=0.02, g_class=partial(O.AdamW, lr=3e-4, betas=(0.5, 0.6)))
+    normalized, plain = optimizer.param_groups
+    assert (normalized["lr"], plain["lr"], plain["betas"]) == (0.02, 3e-4, (0.5, 0.6))
+    O.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.1)
+    net(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    of_g, of_biases = optimizer._engine._rest.param_groups
+    assert of_g["lr"] == pytest.approx(3e-5)
+    assert of_biases["lr"] == pytest.approx(3e-5)
+    assert of_g["betas"] == (0.5, 0.6)

@@ -6,13 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import nn, optim
 from torch.nn.utils.parametrizations import weight_norm as torch_weight_norm
 
 import weightnorm as wn
 from nets import conv_net
-
-O = torch.optim
 
 
 class Tied(nn.Module):
@@ -132,10 +130,10 @@ REFUSED = {
         lambda: wn.AdamW([{"params": linear().parameters(), "weight_norm": False}]),
         "nothing to normalise",
     ),
-    "LBFGS": (lambda: wn.wrap(O.LBFGS, linear()), r"LBFGS cannot step on \(v, g\): .*use a first-order"),
-    "SparseAdam": (lambda: wn.wrap(O.SparseAdam, linear()), "SparseAdam cannot step"),
-    "SparseAdam for g": (lambda: wn.wrap(O.SGD, linear(), g_class=O.SparseAdam), "SparseAdam cannot step"),
-    "Muon alone": (lambda: wn.wrap(O.Muon, linear()), "Muon steps on matrices only.*g_class="),
+    "LBFGS": (lambda: wn.wrap(optim.LBFGS, linear()), r"LBFGS cannot step on \(v, g\): .*use a first-order"),
+    "SparseAdam": (lambda: wn.wrap(optim.SparseAdam, linear()), "SparseAdam cannot step"),
+    "SparseAdam for g": (lambda: wn.wrap(optim.SGD, linear(), g_class=optim.SparseAdam), "SparseAdam cannot step"),
+    "Muon alone": (lambda: wn.wrap(optim.Muon, linear()), "Muon steps on matrices only.*g_class="),
     "differentiable": (lambda: wn.AdamW(linear(), differentiable=True), "differentiable=True cannot work"),
     "negative lr": (lambda: wn.AdamW(linear(), lr=-1), "Invalid learning rate"),
     "v_std": (lambda: wn.AdamW(linear(), v_std=0.0), "v_std must be None or a positive number; got 0.0"),
@@ -163,7 +161,7 @@ def test_refusals_say_why_and_what_instead(case):
         (lambda: wn.AdamW(linear().weight), r"got one tensor. Pass \[tensor\]"),
         (lambda: wn.AdamW([linear(), nn.Parameter(torch.ones(3))]), "a list of models must hold nothing else"),
         (lambda: wn.AdamW(linear(), momentum=0.9), "unexpected keyword argument 'momentum'"),
-        (lambda: wn.wrap(O.SGD, linear(), lrr=0.9), "unexpected keyword argument 'lrr'"),
+        (lambda: wn.wrap(optim.SGD, linear(), lrr=0.9), "unexpected keyword argument 'lrr'"),
     ],
 )
 def test_wrong_kinds_of_argument(build, message):
@@ -204,7 +202,7 @@ def test_sparse_embeddings_that_stay_plain_work():
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adamax"])
 def test_signatures_are_torchs_and_three_more(name):
-    ours, theirs = inspect.signature(getattr(wn, name)), inspect.signature(getattr(O, name))
+    ours, theirs = inspect.signature(getattr(wn, name)), inspect.signature(getattr(optim, name))
     assert list(ours.parameters) == [*theirs.parameters, "v_std", "g_lr", "decay"]
     for parameter in theirs.parameters.values():
         assert ours.parameters[parameter.name].default == parameter.default
@@ -214,10 +212,10 @@ def test_signatures_are_torchs_and_three_more(name):
 
 def test_the_other_rule_of_wrap_keeps_its_options_and_its_share_of_the_schedule():
     net = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
-    optimizer = wn.wrap(O.Muon, net, lr=0.02, g_class=partial(O.AdamW, lr=3e-4, betas=(0.5, 0.6)))
+    optimizer = wn.wrap(optim.Muon, net, lr=0.02, g_class=partial(optim.AdamW, lr=3e-4, betas=(0.5, 0.6)))
     normalized, plain = optimizer.param_groups
     assert (normalized["lr"], plain["lr"], plain["betas"]) == (0.02, 3e-4, (0.5, 0.6))
-    O.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.1)
+    optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.1)
     net(torch.ones(2, 6)).sum().backward()
     optimizer.step()
     of_g, of_biases = optimizer._engine._rest.param_groups

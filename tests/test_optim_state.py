@@ -11,22 +11,21 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import nn, optim
 
 import weightnorm as wn
 from nets import Lion, batches, conv_net, train
 
-O = torch.optim
 RULES = {
     "sgd": partial(wn.SGD, lr=0.01, momentum=0.9),
     "adamw": partial(wn.AdamW, lr=1e-3, v_std=0.05),
     "adamw fused": partial(wn.AdamW, lr=1e-3, fused=True),
     "adamw foreach": partial(wn.AdamW, lr=1e-3, foreach=True),
     "adamax": partial(wn.Adamax, lr=1e-3, g_lr="sqrt"),
-    "nadam": partial(lambda model, **options: wn.wrap(O.NAdam, model, **options), lr=1e-3),
-    "adagrad": partial(lambda model, **options: wn.wrap(O.Adagrad, model, **options), lr=0.01),
+    "nadam": partial(lambda model, **options: wn.wrap(optim.NAdam, model, **options), lr=1e-3),
+    "adagrad": partial(lambda model, **options: wn.wrap(optim.Adagrad, model, **options), lr=0.01),
     "lion": partial(lambda model, **options: wn.wrap(Lion, model, **options), lr=1e-4),
-    "muon": lambda model: wn.wrap(O.Muon, model, lr=0.02, g_class=partial(O.AdamW, lr=3e-4)),
+    "muon": lambda model: wn.wrap(optim.Muon, model, lr=0.02, g_class=partial(optim.AdamW, lr=3e-4)),
 }
 
 
@@ -134,14 +133,14 @@ def test_state_of_other_groups_is_refused():
         wn.AdamW(net.parameters()).load_state_dict(state)
     for group in state["param_groups"]:
         group["dim"] = None
-    with pytest.raises(ValueError, match="'dim': None.*'dim': 0.*build both alike"):
+    with pytest.raises(ValueError, match=r"'dim': None.*'dim': 0.*build both alike"):
         wn.AdamW(net).load_state_dict(state)
 
 
 def test_schedules_move_every_inner_learning_rate():
     net = conv_net().double()
     optimizer = wn.SGD(net, lr=0.1, g_lr=2.0)
-    schedule = O.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+    schedule = optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
     twin = conv_net().double()
     twin.load_state_dict(net.state_dict())
     half = wn.SGD(twin, lr=0.05, g_lr=2.0)
@@ -234,7 +233,7 @@ def test_nothing_is_kept_between_steps_but_the_state():
 
 
 def test_a_failing_rule_leaves_normalised_weights_as_they_were():
-    class Failing(O.SGD):
+    class Failing(optim.SGD):
         def step(self, closure=None):
             super().step(closure)
             raise RuntimeError("out of luck")

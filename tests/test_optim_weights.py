@@ -1,4 +1,4 @@
-"""The weight wins: what the optimizer does when somebody else changes it, and at the points where the formula breaks."""
+"""The weight wins when somebody else changes it; and what happens at the points where the formula has no answer."""
 
 import copy
 import math

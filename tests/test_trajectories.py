@@ -6,29 +6,28 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import nn, optim
 
 import oracle
 import weightnorm as wn
 from nets import Lion, batches, conv_net, distance, in_torch_module_form, train
 from weightnorm.formula import row_lengths
 
-O = torch.optim
 RULES = {
-    "sgd": (wn.SGD, O.SGD, dict(lr=0.01)),
-    "sgd momentum": (wn.SGD, O.SGD, dict(lr=0.01, momentum=0.9, weight_decay=0.1)),
-    "sgd nesterov": (wn.SGD, O.SGD, dict(lr=0.01, momentum=0.9, nesterov=True, dampening=0)),
-    "adam": (wn.Adam, O.Adam, dict(lr=1e-3, weight_decay=0.1)),
-    "adam amsgrad": (wn.Adam, O.Adam, dict(lr=1e-3, amsgrad=True)),
-    "adam maximize": (wn.Adam, O.Adam, dict(lr=1e-4, maximize=True)),
-    "adamw": (wn.AdamW, O.AdamW, dict(lr=1e-3, weight_decay=0.1)),
-    "adamw fused": (wn.AdamW, O.AdamW, dict(lr=1e-3, weight_decay=0.1, fused=True)),
-    "adamw foreach": (wn.AdamW, O.AdamW, dict(lr=1e-3, foreach=True)),
-    "adamw tensor lr": (wn.AdamW, O.AdamW, dict(lr=torch.tensor(1e-3))),
-    "adamax": (wn.Adamax, O.Adamax, dict(lr=1e-3)),
-    "rmsprop": (partial(wn.wrap, O.RMSprop), O.RMSprop, dict(lr=1e-3, momentum=0.5, centered=True)),
-    "adagrad": (partial(wn.wrap, O.Adagrad), O.Adagrad, dict(lr=0.01, initial_accumulator_value=0.1)),
-    "nadam": (partial(wn.wrap, O.NAdam), O.NAdam, dict(lr=1e-3)),
+    "sgd": (wn.SGD, optim.SGD, dict(lr=0.01)),
+    "sgd momentum": (wn.SGD, optim.SGD, dict(lr=0.01, momentum=0.9, weight_decay=0.1)),
+    "sgd nesterov": (wn.SGD, optim.SGD, dict(lr=0.01, momentum=0.9, nesterov=True, dampening=0)),
+    "adam": (wn.Adam, optim.Adam, dict(lr=1e-3, weight_decay=0.1)),
+    "adam amsgrad": (wn.Adam, optim.Adam, dict(lr=1e-3, amsgrad=True)),
+    "adam maximize": (wn.Adam, optim.Adam, dict(lr=1e-4, maximize=True)),
+    "adamw": (wn.AdamW, optim.AdamW, dict(lr=1e-3, weight_decay=0.1)),
+    "adamw fused": (wn.AdamW, optim.AdamW, dict(lr=1e-3, weight_decay=0.1, fused=True)),
+    "adamw foreach": (wn.AdamW, optim.AdamW, dict(lr=1e-3, foreach=True)),
+    "adamw tensor lr": (wn.AdamW, optim.AdamW, dict(lr=torch.tensor(1e-3))),
+    "adamax": (wn.Adamax, optim.Adamax, dict(lr=1e-3)),
+    "rmsprop": (partial(wn.wrap, optim.RMSprop), optim.RMSprop, dict(lr=1e-3, momentum=0.5, centered=True)),
+    "adagrad": (partial(wn.wrap, optim.Adagrad), optim.Adagrad, dict(lr=0.01, initial_accumulator_value=0.1)),
+    "nadam": (partial(wn.wrap, optim.NAdam), optim.NAdam, dict(lr=1e-3)),
     "lion": (partial(wn.wrap, Lion), Lion, dict(lr=1e-4, weight_decay=0.1)),
 }
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -124,7 +123,7 @@ def test_v_std_is_the_same_run_as_rescaling_v_in_the_module_form():
             v.data *= 0.05 * (v.numel() / g.numel()) ** 0.5 / row_lengths(v, dim)[0]
     data = batches(50)
     train(net, wn.Adam(net, lr=1e-3, v_std=0.05), data)
-    train(twin, O.Adam(twin.parameters(), lr=1e-3), data)
+    train(twin, optim.Adam(twin.parameters(), lr=1e-3), data)
     assert distance(net, twin) < 1e-9
 
 
@@ -142,7 +141,7 @@ def test_g_lr_is_a_param_group_of_g_in_the_module_form(g_lr):
     lengths = net[5].weight.detach().norm(dim=1)
     optimizer = wn.AdamW(net, lr=1e-3, g_lr=g_lr, weight_decay=0.1)
     train(net, optimizer, data)
-    train(twin, O.AdamW(groups, lr=1e-3, weight_decay=0.1), data)
+    train(twin, optim.AdamW(groups, lr=1e-3, weight_decay=0.1), data)
     assert distance(net, twin) < 1e-9
     if g_lr == 0:
         torch.testing.assert_close(net[5].weight.detach().norm(dim=1), lengths, rtol=1e-12, atol=0)
@@ -156,7 +155,7 @@ def test_decay_of_g_only():
     data = batches(20)
     train(net, wn.AdamW(net, lr=1e-3, weight_decay=1.0, decay="g"), data)
     groups = [{"params": directions, "weight_decay": 0.0}, {"params": others}]
-    train(twin, O.AdamW(groups, lr=1e-3, weight_decay=1.0), data)
+    train(twin, optim.AdamW(groups, lr=1e-3, weight_decay=1.0), data)
     assert distance(net, twin) < 1e-9
 
 
@@ -165,11 +164,11 @@ def test_muon_steps_on_v_as_a_matrix_and_adamw_on_the_rest():
     twin = in_torch_module_form(net)
     wide = nn.Parameter(twin[0].parametrizations.weight.original1.detach().flatten(1))
     twin[0].parametrizations.weight.original1.requires_grad_(False)
-    muon = O.Muon([wide, twin[2].parametrizations.weight.original1], lr=0.02)
+    muon = optim.Muon([wide, twin[2].parametrizations.weight.original1], lr=0.02)
     rest = [p for name, p in twin.named_parameters() if not name.endswith("original1")]
-    adamw = O.AdamW(rest, lr=3e-4)
+    adamw = optim.AdamW(rest, lr=3e-4)
     data = batches(10)
-    train(net, wn.wrap(O.Muon, net, lr=0.02, g_class=partial(O.AdamW, lr=3e-4)), data)
+    train(net, wn.wrap(optim.Muon, net, lr=0.02, g_class=partial(optim.AdamW, lr=3e-4)), data)
     for x, y in data:
         conv_v = twin[0].parametrizations.weight.original1
         conv_v.requires_grad_(True)

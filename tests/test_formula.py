@@ -165,9 +165,9 @@ def test_length_can_land_on_zero_and_come_back_along_the_same_line():
 
 
 def test_a_row_without_direction_takes_a_plain_step():
-    w = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    w = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
     scale = torch.tensor([[2.0], [1.0]])
-    new_w, new_scale = advance(w, scale, torch.tensor([[0.5, 1.0], [-1.0, 0.0]]), torch.tensor([[7.0], [0.0]]))
+    new_w, new_scale = advance(w, scale, torch.tensor([[0.5, 1.0], [-2.0, 0.0]]), torch.tensor([[7.0], [0.0]]))
     assert torch.equal(new_w, torch.tensor([[1.0, 2.0], [0.0, 0.0]]))  # the second lost its direction
     assert torch.equal(new_scale, scale)
 

@@ -222,3 +222,22 @@ def test_the_other_rule_of_wrap_keeps_its_options_and_its_share_of_the_schedule(
     assert of_g["lr"] == pytest.approx(3e-5)
     assert of_biases["lr"] == pytest.approx(3e-5)
     assert of_g["betas"] == (0.5, 0.6)
+
+
+def test_rules_that_need_whole_matrices_are_refused_on_shards(tmp_path):
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        mesh = dist.init_device_mesh("cpu", (1,))
+        adamw = optim.AdamW
+        for place, refused in ((Shard(0), True), (Replicate(), False)):
+            weight = nn.Parameter(distribute_tensor(torch.randn(4, 3), mesh, [place]))
+            if refused:
+                with pytest.raises(ValueError, match=r"Muon mixes .* shape \(4, 3\) is sharded.*elementwise"):
+                    wn.wrap(optim.Muon, [weight], g_class=adamw)
+            else:
+                wn.wrap(optim.Muon, [weight], g_class=adamw)
+    finally:
+        dist.destroy_process_group()

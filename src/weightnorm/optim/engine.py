@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from weightnorm.optim.buckets import Buckets
 from weightnorm.optim.coordinates import MASTER, SCALE, Coordinates, State
 from weightnorm.optim.groups import Group, group_axis, is_normalized
-from weightnorm.optim.rules import Rule, is_matrix_rule
+from weightnorm.optim.rules import Rule, check_sharding, is_matrix_rule
 
 LENGTH = "g."  # prefix, in a weight's state, of what the rule keeps for g; what it keeps for v has torch's own names
 
@@ -31,6 +31,7 @@ class Engine:
     def __init__(self, groups: list[Group], rule: Rule, g_rule: Rule | None, state: MutableMapping[Tensor, State]):
         self._built_for = _signature(groups)
         self._selected = [p for group in groups for p in group["params"] if is_normalized(group, p)]
+        check_sharding(rule, self._selected)
         self._normalized: list[tuple[Coordinates, Group]] = []
         self._plain: list[nn.Parameter] = []
         self._buckets = Buckets(rule, g_rule)

@@ -1,11 +1,13 @@
 """What is known of the torch optimizers that can step on ``(v, g)``, and which cannot."""
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Rule = Callable[
     [Any], torch.optim.Optimizer
@@ -16,6 +18,7 @@ _REFUSED = {
     "SparseAdam": "it steps on single rows of sparse gradients; give it the embedding alone, without weight norm",
 }
 _MATRIX_RULES = ("Muon",)  # rules for matrices only: they see v as one, a vector a row
+_WHOLE_RULES = ("Muon", "Adafactor")  # rules that mix a tensor's elements, so that a shard of it is not enough
 
 
 def default_options(rule: Rule) -> dict[str, Any]:
@@ -38,6 +41,20 @@ def check_rule(rule: Rule, g_rule: Rule | None) -> None:
             f"{_class_names(rule)[0]} steps on matrices only; name an optimizer for lengths, biases and the rest: "
             "g_class=torch.optim.AdamW, or functools.partial(torch.optim.AdamW, lr=...)"
         )
+
+
+def check_sharding(rule: Rule, weights: Iterable[Tensor]) -> None:
+    """Raise ValueError where a rule that needs whole tensors would step on shards."""
+    names = [name for name in _class_names(rule) if name in _WHOLE_RULES]
+    distributed = sys.modules.get("torch.distributed.tensor")  # where nobody imported it, nothing is sharded
+    if not names or distributed is None:
+        return
+    for weight in weights:
+        if isinstance(weight, distributed.DTensor) and any(place.is_shard() for place in weight.placements):
+            raise ValueError(
+                f"{names[0]} mixes the elements of a tensor, and a weight of shape {tuple(weight.shape)} is sharded: no "
+                "process has it whole. Use an elementwise rule (AdamW, SGD, ...) for sharded weights, or replicate them"
+            )
 
 
 def _class_names(rule: Rule | None) -> list[str]:

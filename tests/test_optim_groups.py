@@ -134,6 +134,10 @@ REFUSED = {
     "SparseAdam": (lambda: wn.wrap(optim.SparseAdam, linear()), "SparseAdam cannot step"),
     "SparseAdam for g": (lambda: wn.wrap(optim.SGD, linear(), g_class=optim.SparseAdam), "SparseAdam cannot step"),
     "Muon alone": (lambda: wn.wrap(optim.Muon, linear()), "Muon steps on matrices only.*g_class="),
+    "no rate to keep a share of": (
+        lambda: wn.wrap(optim.Muon, linear(), lr=0.0, g_class=optim.AdamW),
+        "with g_class the learning rate must not be 0",
+    ),
     "differentiable": (lambda: wn.AdamW(linear(), differentiable=True), "differentiable=True cannot work"),
     "negative lr": (lambda: wn.AdamW(linear(), lr=-1), "Invalid learning rate"),
     "v_std": (lambda: wn.AdamW(linear(), v_std=0.0), "v_std must be None or a positive number; got 0.0"),

@@ -245,3 +245,20 @@ def test_a_failing_rule_leaves_normalised_weights_as_they_were():
         train(net, optimizer, batches(1, torch.float32))
     assert torch.equal(net[0].weight, before)
     assert optimizer._engine._normalized[0][0].v.numel() == 0
+
+
+def test_a_grad_scaler_skips_a_bad_step_whole():
+    net = conv_net()
+    optimizer = wn.AdamW(net)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = copy.deepcopy(net.state_dict())
+    for bad in (True, False):
+        optimizer.zero_grad()
+        scaler.scale(net(torch.ones(2, 3, 8, 8)).square().mean()).backward()
+        if bad:
+            net[0].weight.grad[0, 0, 0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        same = [torch.equal(value, before[name]) for name, value in net.state_dict().items()]
+        assert all(same) if bad else not any(same)
+        assert bool(optimizer.state) != bad

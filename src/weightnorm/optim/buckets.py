@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from weightnorm.optim.coordinates import Coordinates, State
 from weightnorm.optim.groups import Group
@@ -47,6 +47,7 @@ class Buckets:
         self.rest: list[Group] = [] if g_rule else self.main
         self._names = default_options(rule)
         self._g_names = default_options(g_rule) if g_rule else None
+        self._g_lr_share = _ratio(self._g_names["lr"], self._names["lr"]) if self._g_names else 1.0
         self._buckets: dict[tuple[int, bool, bool, float], Bucket] = {}
 
     def add_normalized(self, coordinates: Coordinates, group: Group) -> None:
@@ -72,7 +73,7 @@ class Buckets:
             if group["weight_norm"] is not False:
                 # The group's options are the other rule's: this one keeps its own, and its learning rate in proportion.
                 fixed = {name: value for name, value in names.items() if name not in ("lr", "maximize")}
-                lr_factor *= names["lr"] / self._names["lr"]
+                lr_factor *= self._g_lr_share
         if not decays and "weight_decay" in names:
             fixed = {"weight_decay": 0.0}
         target = self.main if is_v else self.rest
@@ -82,3 +83,9 @@ class Buckets:
             self._buckets[key].sync()
             target.append(self._buckets[key].inner)
         return self._buckets[key].inner
+
+
+def _ratio(g_lr: float | Tensor, lr: float | Tensor) -> float:
+    if not lr:
+        raise ValueError("with g_class the learning rate must not be 0, since that of g keeps its proportion to it")
+    return float(g_lr) / float(lr)

@@ -63,6 +63,7 @@ class Engine:
             for coordinates, _ in moving:
                 self._take_back(coordinates, state[coordinates.weight])
                 coordinates.apply(state[coordinates.weight])
+                coordinates.close()  # memory for the next one
         finally:
             self._clear()
 

@@ -52,7 +52,7 @@ class Coordinates:
         gradient = self._axis.split(self._wide_gradient())
         length, alive = row_lengths(self._w, self._dim)
         self._length = torch.where(alive, length, 0)
-        self._set_scale(state, alive, v_std)
+        self._set_scale(state, v_std)
 
         grad_v, grad_g = pull_back(gradient, self._w, self._length, self._dim)
         grad_v = torch.where(alive, grad_v, gradient)
@@ -85,15 +85,15 @@ class Coordinates:
     def _start_g(self) -> Tensor:
         return self._scale.sign() * self._length
 
-    def _set_scale(self, state: State, alive: Tensor, v_std: float | None) -> None:
-        """Give vectors that got their direction since the last step the scale that sets their ``‖v‖``."""
+    def _set_scale(self, state: State, v_std: float | None) -> None:
+        """Give vectors that have no scale yet the one that sets their ``‖v‖``: at the first step they have a direction."""
         if SCALE not in state:
             state[SCALE] = torch.zeros_like(self._length)
         if v_std is None:
             initial = torch.ones_like(self._length)  # v = w
         else:
             initial = self._length / (v_std * self.row_length**0.5)  # ‖v‖ as if v were drawn N(0, v_std²)
-        state[SCALE].copy_(torch.where(alive & (state[SCALE] == 0), initial, state[SCALE]))
+        state[SCALE].copy_(torch.where(state[SCALE] == 0, initial, state[SCALE]))
         self._scale = torch.where(state[SCALE] == 0, 1, state[SCALE])
 
     def _wide_weight(self, state: State) -> Tensor:

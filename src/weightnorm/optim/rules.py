@@ -53,7 +53,7 @@ def check_sharding(rule: Rule, weights: Iterable[Tensor]) -> None:
         if isinstance(weight, distributed.DTensor) and any(place.is_shard() for place in weight.placements):
             raise ValueError(
                 f"{names[0]} mixes the elements of a tensor, and a weight of shape {tuple(weight.shape)} is sharded: "
-                "no process has it whole. Use an elementwise rule (AdamW, SGD, ...) for sharded weights, or replicate them"
+                "no process has it whole. Use an elementwise rule such as AdamW for sharded weights, or replicate them"
             )
 
 

@@ -262,3 +262,33 @@ def test_a_grad_scaler_skips_a_bad_step_whole():
         same = [torch.equal(value, before[name]) for name, value in net.state_dict().items()]
         assert all(same) if bad else not any(same)
         assert bool(optimizer.state) != bad
+
+
+class Counting(optim.SGD):
+    """Makes its state in the constructor and nowhere else, as torch 2.11's Adagrad does."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["moved"] = torch.zeros_like(p)
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["moved"] += p.grad
+
+
+def test_state_made_in_a_constructor_is_kept():
+    net = nn.Linear(4, 3)
+    optimizer = wn.wrap(Counting, net, lr=0.1)
+    assert optimizer.state[net.weight]["moved"].shape == (3, 4)
+    for _ in range(2):
+        net.weight.grad, net.bias.grad = torch.ones(3, 4), torch.ones(3)
+        optimizer.step()
+    assert optimizer.state[net.weight]["g.moved"].shape == (3, 1)
+    assert optimizer.state[net.bias]["moved"].tolist() == [2, 2, 2]
+    twin = wn.wrap(Counting, net, lr=0.1)
+    twin.load_state_dict(through_disk(optimizer.state_dict()))
+    assert torch.equal(twin.state[net.weight]["moved"], optimizer.state[net.weight]["moved"])

@@ -86,7 +86,7 @@ class Coordinates:
         return self._scale.sign() * self._length
 
     def _set_scale(self, state: State, v_std: float | None) -> None:
-        """Give vectors that have no scale yet the one that sets their ``‖v‖``: at the first step they have a direction."""
+        """Give vectors without a scale the one that sets their ``‖v‖``, at the first step they have a direction."""
         if SCALE not in state:
             state[SCALE] = torch.zeros_like(self._length)
         if v_std is None:

@@ -11,6 +11,8 @@ from weightnorm._version import __version__
 if TYPE_CHECKING:
     from weightnorm import formula as formula
     from weightnorm.axes import register_axis as register_axis
+    from weightnorm.data_dependent import data_init as data_init
+    from weightnorm.mean_only import MeanOnlyBatchNorm as MeanOnlyBatchNorm
     from weightnorm.optim import SGD as SGD
     from weightnorm.optim import Adam as Adam
     from weightnorm.optim import Adamax as Adamax
@@ -26,6 +28,8 @@ _HOME = {
     "wrap": "optim",
     "param_groups": "optim",
     "register_axis": "axes",
+    "data_init": "data_dependent",
+    "MeanOnlyBatchNorm": "mean_only",
 }
 
 __all__ = ["__version__", "formula", *_HOME]

@@ -1,0 +1,62 @@
+"""The curves: training loss against steps and seconds, error against epochs, an arm a colour."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from weightnorm.compare.arms import ARMS
+from weightnorm.compare.evidence import spread, trailing_means
+
+Record = dict[str, Any]
+_COLOURS = dict(zip(ARMS, matplotlib.color_sequences["tab10"], strict=False))
+
+
+def draw_curves(results: Record) -> Figure:
+    """Draw each arm at its best: its mean over seeds, and a band of one standard error either side.
+
+    Args:
+        results: what ``results.results`` returned.
+
+    Returns:
+        A figure of three panels.
+    """
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    by_step, by_second, error = figure.subplots(1, 3)
+    by_step.set(title="training loss", xlabel="steps", yscale="log")
+    by_second.set(title="training loss", xlabel="seconds of training", yscale="log")
+    error.set(title="error % (solid: test, dotted: training)", xlabel="epochs")
+    error.xaxis.set_major_locator(MaxNLocator(integer=True))
+    window = results["options"]["steps_per_epoch"]
+    for name, arm in results["arms"].items():
+        losses = [trailing_means(run, window) for run in _of_best(arm, "step_loss")]
+        steps = range(window, window + min(map(len, losses), default=0))
+        _draw(by_step, steps, losses, name)
+        _draw(by_second, [step * arm["seconds_per_step"] for step in steps], losses, name)
+        _draw(error, range(1, 1 + len(arm["test_error"])), _of_best(arm, "test_error"), name)
+        _draw(error, range(1, 1 + len(arm["train_error"])), _of_best(arm, "train_error"), name, linestyle=":")
+    by_step.legend(fontsize="small")
+    return figure
+
+
+def _of_best(arm: Record, measure: str) -> list[list[float]]:
+    """Return a measure of the runs at an arm's best setting, with NaN for None."""
+    runs = [run for run in arm["runs"] if (run["lr"], run["g_lr"]) == (arm["lr"], arm["g_lr"]) and run[measure]]
+    return [[math.nan if value is None else value for value in run[measure]] for run in runs]
+
+
+def _draw(axes: Axes, x: Sequence[float], curves: list[list[float]], name: str, linestyle: str = "-") -> None:
+    """Draw the mean of several curves over the points that all have, and the band."""
+    spreads = [spread(values) for values in zip(*curves, strict=False)][: len(x)]
+    points = [(at, s.mean, s.standard_error or 0.0) for at, s in zip(x, spreads, strict=False) if s]
+    if not points:
+        axes.plot([], [], color=_COLOURS[name], label=name)
+        return
+    at, mean, band = (list(column) for column in zip(*points, strict=True))
+    axes.plot(at, mean, linestyle, color=_COLOURS[name], label=name, linewidth=1.2)
+    low, high = ([m + sign * b for m, b in zip(mean, band, strict=True)] for sign in (-1, 1))
+    axes.fill_between(at, low, high, color=_COLOURS[name], alpha=0.15, linewidth=0)

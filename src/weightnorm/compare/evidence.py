@@ -1,0 +1,102 @@
+"""What the curves prove: how soon a run reaches a loss, and whether arms differ by more than their seeds do."""
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; from 30 on the normal one is near enough (2 %).
+_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
+
+
+class Spread(NamedTuple):
+    """A mean over seeds, its standard error (None for one seed) and the number of seeds."""
+
+    mean: float
+    standard_error: float | None
+    n: int
+
+
+class Ratio(NamedTuple):
+    """A mean ratio over seeds (geometric), and its 95 % interval (None for one seed)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Return mean and standard error over seeds, or None of nothing."""
+    if not values:
+        return None
+    return Spread(fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else None, len(values))
+
+
+def trailing_means(losses: Sequence[float], window: int) -> list[float]:
+    """Return the mean over the last ``window`` steps, at each step that has so many before it (itself included)."""
+    sums = [0.0, *accumulate(losses)]
+    return [(after - before) / window for before, after in zip(sums, sums[window:], strict=False)]
+
+
+def steps_to_reach(target: float, losses: Sequence[float], window: int) -> int | None:
+    """Return after how many steps the mean loss over the last ``window`` steps is first at or under a target.
+
+    Args:
+        target: a loss.
+        losses: the loss at every step.
+        window: how many steps are averaged.
+
+    Returns:
+        The number of steps, at least ``window``; None if it is never reached.
+
+    Example:
+        >>> steps_to_reach(2.0, [4.0, 3.0, 2.0, 2.0, 1.0], window=2)
+        4
+    """
+    means = trailing_means(losses, window)
+    return next((window + i for i, mean in enumerate(means) if mean <= target), None)
+
+
+def mean_ratio(pairs: Sequence[tuple[float, float]]) -> Ratio | None:
+    """Return the mean of ``ours/theirs`` over seeds, with the t-interval of its logarithm.
+
+    Args:
+        pairs: ``(ours, theirs)``, a pair a seed, positive.
+
+    Returns:
+        The ratio, or None of nothing.
+
+    Example:
+        >>> mean_ratio([(5, 10), (6, 10), (7, 10)])
+        Ratio(mean=0.594..., low=0.391..., high=0.903..., n=3)
+    """
+    logs = spread([math.log(ours / theirs) for ours, theirs in pairs])
+    if logs is None or logs.standard_error is None:
+        return logs and Ratio(math.exp(logs.mean), None, None, logs.n)
+    half = _T[min(logs.n - 1, len(_T)) - 1] * logs.standard_error
+    return Ratio(math.exp(logs.mean), math.exp(logs.mean - half), math.exp(logs.mean + half), logs.n)
+
+
+def verdict(ratio: Ratio | None, reached: int, seeds: int) -> str:
+    """Say what the steps to plain's final loss, relative to plain's own, are evidence of.
+
+    Args:
+        ratio: over the seeds that reached it.
+        reached: how many did.
+        seeds: of how many.
+
+    Returns:
+        "fewer steps", "more steps" or "no difference" (the 95 % interval includes 1); or why there is no verdict.
+    """
+    if reached == 0 or ratio is None:
+        return "never reached"
+    if reached < seeds:
+        return f"reached by {reached} of {seeds} seeds"
+    if ratio.low is None or ratio.high is None:
+        return "one seed: no verdict"
+    if ratio.low <= 1 <= ratio.high:
+        return "no difference"
+    return "fewer steps" if ratio.mean < 1 else "more steps"

@@ -1,0 +1,67 @@
+"""The report: results.json, curves.png and a page that needs nothing else, written so that none is ever half there."""
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from weightnorm.compare.curves import draw_curves
+from weightnorm.compare.table import COLUMNS, evidence, notes, rows
+
+Record = dict[str, Any]
+
+
+def write_report(results: Record, folder: Path) -> None:
+    """Write a comparison's results for machines and for people.
+
+    Args:
+        results: what ``results.results`` returned.
+        folder: where; it exists.
+
+    Raises:
+        OSError: if a file cannot be written; those there before are untouched then.
+    """
+    _write(folder / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
+    figure = draw_curves(results)
+    _write(folder / "curves.png", _image(figure, "png"))
+    _write(folder / "report.html", page(results, figure).encode())
+
+
+def page(results: Record, figure: Figure) -> str:
+    """Return the report as one HTML page, curves included, that loads nothing."""
+    svg = _image(figure, "svg").decode()
+    environment = Environment(
+        loader=PackageLoader("weightnorm.compare", "."), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("report.html.j2").render(
+        results=results,
+        columns=COLUMNS,
+        rows=rows(results),
+        notes=notes(results),
+        evidence=evidence(results),
+        curves=svg[svg.index("<svg") :],  # without the XML header, which names a DTD elsewhere
+    )
+
+
+def _image(figure: Figure, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    unnamed = {"Creator": None, "Date": None, "Format": None, "Type": None} if kind == "svg" else {}
+    # Text stays text, and ids come out the same for the same curves.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "weightnorm"}):
+        figure.savefig(buffer, format=kind, dpi=130, metadata=unnamed)
+    return buffer.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file beside its place, then put it there: readers see the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

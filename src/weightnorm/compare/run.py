@@ -1,0 +1,156 @@
+"""One training run: an arm, its learning rates and a seed."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import weightnorm as wn
+from weightnorm.compare.arms import Arm
+from weightnorm.tasks.task import Norm, Task
+
+_NORMS: dict[str | None, Norm | None] = {None: None, "mean_only": wn.MeanOnlyBatchNorm, "batch": nn.BatchNorm2d}
+
+
+class Setting(NamedTuple):
+    """What a grid varies: the learning rate and, where there is weight normalization, the factor on that of lengths."""
+
+    lr: float
+    g_lr: float | str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.lr:g}" if self.g_lr is None else f"{self.lr:g}, g x {self.g_lr}"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch measured.
+
+    Attributes:
+        step_loss: the training loss at every step, in training mode, before that step.
+        train_error: mean over the epoch, likewise, in percent.
+        test_loss: on held-out data after the epoch, in eval mode.
+        test_error: likewise, in percent.
+        seconds: what training took, evaluation apart.
+    """
+
+    step_loss: list[float]
+    train_error: float
+    test_loss: float
+    test_error: float
+    seconds: float
+
+    @property
+    def train_loss(self) -> float:
+        """Return the mean training loss over the epoch."""
+        return sum(self.step_loss) / len(self.step_loss)
+
+
+@dataclass
+class Run:
+    """One model in training, with a random state of its own: what runs in between changes nothing.
+
+    Attributes:
+        task: what is trained.
+        arm: how.
+        setting: its learning rates.
+        seed: decides initial weights and the order of the data; the same in every arm.
+        epochs: what was measured so far.
+    """
+
+    task: Task
+    arm: Arm
+    setting: Setting
+    seed: int
+    epochs: list[Epoch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._random_state: list[torch.Tensor] = []
+        with self._own_random_state():
+            self.model = initial_model(self.task, self.arm, self.seed)
+        if self.setting.g_lr is None:
+            self.optimizer = self.task.optimizer(self.model, self.setting.lr)
+        else:
+            self.optimizer = self.task.weight_norm_optimizer(self.model, self.setting.lr, self.setting.g_lr)
+
+    @property
+    def diverged(self) -> bool:
+        """Say whether the loss is no longer a finite number."""
+        return bool(self.epochs) and not math.isfinite(self.epochs[-1].train_loss)
+
+    def train_epoch(self) -> None:
+        """Train one more epoch, score the model and record both; interrupted, it records nothing."""
+        with self._own_random_state():
+            start = self._now()
+            measured = self._train()
+            seconds = self._now() - start
+            self.model.eval()
+            scores = self.task.evaluate(self.model)
+        step_loss, wrong = measured.tolist()
+        train_error = 100 * sum(wrong) / len(wrong)
+        self.epochs.append(Epoch(step_loss, train_error, scores.loss, scores.error, seconds))
+
+    def _train(self) -> torch.Tensor:
+        """Train an epoch; return loss and share of wrong answers at every step, shape (2, steps)."""
+        self.model.train()
+        measured = []
+        for batch in self.task.train_batches(self.seed, len(self.epochs)):
+            self.optimizer.zero_grad()
+            loss, wrong = self.task.loss(self.model, batch)
+            loss.backward()
+            self.optimizer.step()
+            measured.append(torch.stack([loss.detach(), wrong]))  # read at the end: a GPU need not wait
+        return torch.stack(measured, dim=1)
+
+    @contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        """Put this run's random state in place of the program's, and back."""
+        device = self.task.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            if self._random_state:
+                _set_random_state(device, self._random_state)
+            yield
+            self._random_state = _random_state(device)
+
+    def _now(self) -> float:
+        """Return the time in seconds, when all the work given to the device is done."""
+        if self.task.device.type == "cuda":
+            torch.cuda.synchronize(self.task.device)
+        return time.perf_counter()
+
+
+def initial_model(task: Task, arm: Arm, seed: int) -> nn.Module:
+    """Return the model that an arm starts from; sets torch's random state.
+
+    Args:
+        task: makes it, and draws its weights.
+        arm: says with which norm layers and initialisation.
+        seed: decides the draw.
+
+    Returns:
+        The model. From the same seed, all arms with ``init="data"`` compute the same function on the task's
+        initialisation batch in training mode.
+    """
+    torch.manual_seed(seed)
+    model = task.model(_NORMS[arm.norm])
+    if arm.init != "torch":
+        torch.manual_seed(seed)  # again: layers with biases have drawn more than those without
+        task.draw_weights(model)
+    if arm.init == "data":
+        wn.data_init(model, task.init_batch())
+    return model
+
+
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

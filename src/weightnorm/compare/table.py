@@ -1,0 +1,109 @@
+"""The table and the sentence: what a comparison found, in words that a terminal and a page share."""
+
+from typing import Any
+
+from weightnorm.compare.arms import PLAIN
+
+Record = dict[str, Any]
+NOTHING = "–"
+
+COLUMNS = (
+    "arm",
+    "lr",
+    "steps",
+    "of plain's",
+    "seconds",
+    "step time",
+    "train loss",
+    "test loss",
+    "test error %",
+    "verdict",
+)
+
+
+def rows(results: Record) -> list[list[str]]:
+    """Return the table's rows, a list of cells per arm, in the order of ``COLUMNS``."""
+    return [_row(name, arm) for name, arm in results["arms"].items()]
+
+
+def notes(results: Record) -> list[str]:
+    """Return what a reader needs to know to trust the table, a sentence or two each."""
+    options, seeds = results["options"], len(results["seeds"])
+    lines = [
+        f"{results['task']}, {options['epochs_compared']} epochs of {options['steps_per_epoch']} steps, "
+        f"{seeds} seed{'s' * (seeds > 1)}, on {results['device']}, torch {results['versions']['torch']}. "
+        "± is the standard error over seeds.",
+        f"Every arm tried the learning rates {_list(options['lr'])} and is shown at its best: the lowest training loss "
+        "in the last epoch, averaged over seeds.",
+        "Steps and seconds are those to plain's mean training loss over its last epoch, seed by seed: until an arm's "
+        "own mean over an epoch's worth of steps is no higher. In brackets: 95 % interval. Step time is in plain's.",
+    ]
+    if len(options["g_lr"]) > 1:
+        lines.append(
+            f"Arms with weight normalization tried {_list(options['g_lr'])} as factors on the learning rate of lengths "
+            "with each, so they had more settings to be best at."
+        )
+    if not results["finished"]:
+        lines.append(f"It was interrupted: {options['epochs']} epochs and {options['seeds']} seeds were asked for.")
+    return lines
+
+
+def evidence(results: Record) -> str:
+    """Say in one sentence what the evidence is."""
+    arms, seeds = results["arms"], len(results["seeds"])
+    if results["options"]["epochs_compared"] == 0:
+        return "No evidence: no epoch was finished."
+    if PLAIN not in arms:
+        return "No evidence: the plain arm, which the others are measured against, was not run."
+    others = [_finding(name, arm) for name, arm in arms.items() if name != PLAIN]
+    if not others:
+        return "No evidence: only the plain arm was run."
+    return f"To plain's final training loss ({seeds} seed{'s' * (seeds > 1)}): " + "; ".join(others) + "."
+
+
+def _finding(name: str, arm: Record) -> str:
+    ratio = arm["steps_vs_plain"]
+    if ratio is None or arm["steps_to_plain"] is None:
+        return f"{name} {arm['verdict']}"
+    time = ratio["mean"] * arm["step_time_vs_plain"]
+    return f"{name} took {ratio['mean']:.0%} of plain's steps and {time:.0%} of its time ({arm['verdict']})"
+
+
+def _row(name: str, arm: Record) -> list[str]:
+    final = arm["final"]
+    return [
+        name,
+        f"{arm['lr']:g}" + (f", g x {arm['g_lr']}" if arm["g_lr"] not in (None, 1.0) else ""),
+        _number(arm["steps_to_plain"], ".0f"),
+        _ratio(arm["steps_vs_plain"]),
+        _number(arm["seconds_to_plain"], ".1f"),
+        _number(arm["step_time_vs_plain"], ".2f", "x"),
+        _spread(final["train_loss"], ".3f"),
+        _spread(final["test_loss"], ".3f"),
+        _spread(final["test_error"], ".1f"),
+        arm["verdict"],
+    ]
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return NOTHING if value is None else f"{value:{form}}{unit}"
+
+
+def _spread(value: Record | None, form: str) -> str:
+    if value is None:
+        return NOTHING
+    if value["mean"] is None:
+        return "diverged"
+    return f"{value['mean']:{form}}" + (
+        "" if value["standard_error"] is None else f" ± {value['standard_error']:{form}}"
+    )
+
+
+def _ratio(value: Record | None) -> str:
+    if value is None or value["mean"] is None:
+        return NOTHING
+    return f"{value['mean']:.0%}" + ("" if value["low"] is None else f" ({value['low']:.0%}-{value['high']:.0%})")
+
+
+def _list(values: list[Any]) -> str:
+    return ", ".join(map(str, values))

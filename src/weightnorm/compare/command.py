@@ -5,7 +5,8 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -98,10 +99,9 @@ def train(comparison: Comparison) -> bool:
 
     From then on Ctrl-C is ignored, so that a second one (some shells send two) does not tear the report.
     """
-    logging.getLogger("weightnorm").addHandler(logging.NullHandler())  # what each optimizer normalises, times 30
     signal.signal(signal.SIGINT, _interrupt_once)
     try:
-        with ArmBars(Console(stderr=True), comparison.options) as bars:
+        with _unsaid(), ArmBars(Console(stderr=True), comparison.options) as bars:
             comparison.train(bars.tell)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     except KeyboardInterrupt:
@@ -124,6 +124,17 @@ def show(summary: Record, folder: Path) -> None:
         console.print(line, highlight=False)
     console.print(evidence(summary), style="bold", highlight=False)
     console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Keep every single run's optimizer from saying what it normalises."""
+    logger, nowhere = logging.getLogger("weightnorm"), logging.NullHandler()
+    logger.addHandler(nowhere)
+    try:
+        yield
+    finally:
+        logger.removeHandler(nowhere)
 
 
 def _interrupt_once(number: int, frame: FrameType | None) -> NoReturn:

@@ -16,7 +16,7 @@ INTERRUPTED = 130
 USER_ERROR = 2
 
 
-class CommaList(click.ParamType[Any]):
+class CommaList(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
     """Several values in one option, separated by commas; repeated ones count once.
 
     Args:

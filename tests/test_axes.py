@@ -99,3 +99,22 @@ def test_rows_are_undone(shape, axis):
     rows = axis.rows(weight)
     assert rows.ndim == 2
     assert torch.equal(axis.from_rows(rows, weight), weight)
+
+
+def test_a_rule_may_be_an_axis_none_or_a_function_and_nothing_else():
+    class Gated(nn.Module):
+        pass
+
+    for rule, expected in ((None, Axis(None)), (lambda module: 1, Axis(1)), (lambda module: Axis(1, 2), Axis(1, 2))):
+        wn.register_axis(Gated, "weight", dim=rule)
+        assert output_axis(Gated()) == expected
+    with pytest.raises(TypeError, match="dim must be an axis, None, or a function"):
+        wn.register_axis(Gated, "weight", dim="output")
+
+    def another():
+        class Gated(nn.Module):
+            pass
+
+        return Gated
+
+    assert output_axis(another()()) is None

@@ -186,6 +186,8 @@ def test_nan_stays_in_its_row():
         (lambda: compose(torch.ones(3, 4), torch.ones(4)), r"one element per vector of v, shape \(3, 1\); got shape"),
         (lambda: compose(torch.ones(3, 4), torch.ones(3, 1), dim=2), "names no axis of a weight with 2 axes; use -2"),
         (lambda: decompose(torch.ones(3, 4), dim=-3), "dim=-3"),
+        (lambda: decompose(torch.ones(3, 4), dim=(0, -2)), "names an axis twice"),
+        (lambda: pull_back(torch.ones(4), torch.ones(3, 4), torch.ones(3)), r"must have the shape of v, \(3, 4\); got"),
     ],
 )
 def test_errors_say_rule_and_remedy(call, message):
@@ -197,3 +199,8 @@ def test_the_floor_is_where_squares_that_matter_stay_normal():
     for dtype in (torch.float32, torch.float64):
         limits = torch.finfo(dtype)
         assert length_floor(dtype) ** 2 * limits.eps == pytest.approx(limits.tiny)
+
+
+def test_integers_are_no_weights():
+    with pytest.raises(TypeError, match=r"real floating point numbers; got torch.int64"):
+        compose(torch.ones(3, 4, dtype=torch.int64), torch.ones(3))

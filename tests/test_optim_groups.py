@@ -82,6 +82,45 @@ def test_choices_by_name_and_by_type():
     assert wn.AdamW(groups, weight_decay=0.3).param_groups[0]["weight_decay"] == 0.3
 
 
+def test_one_choice_needs_no_list_and_wrappers_of_torch_are_not_part_of_names():
+    net = nn.Sequential(nn.Conv1d(3, 4, 3), nn.Linear(4, 2))
+    assert [e.decays for e in wn.param_groups(net, no_decay="*.bias").entries] == [True, False, True, False]
+    assert treatments(net, skip=nn.Linear)["1.weight"] == "skipped"
+    compiled = nn.Module()
+    compiled._orig_mod = net  # as torch.compile returns it
+    assert treatments(compiled, skip="0.*")["0.weight"] == "skipped"
+
+
+def test_other_kinds_of_parameter_stay_plain():
+    eighth = nn.Parameter(torch.ones(4, 3).to(torch.float8_e4m3fn), requires_grad=False)
+    optimizer = wn.SGD(nn.ParameterList([eighth, torch.ones(4, 3), torch.ones(3)]), lr=0.1)
+    for parameter in optimizer.param_groups[0]["params"][1:]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert ["scale" in optimizer.state[p] for p in optimizer.param_groups[0]["params"]] == [False, True, False]
+    stack = nn.Parameter(torch.randn(2, 3, 4))
+    optimizer = wn.SGD([{"params": [stack], "dim": (0, 1)}], lr=0.1)
+    stack.grad = torch.ones_like(stack)
+    optimizer.step()
+    assert optimizer.state[stack]["scale"].shape == (2, 3, 1)
+
+
+def test_no_decay_and_own_options_hold_under_another_rule_too():
+    net = nn.Linear(5, 4)
+    adamw = partial(optim.AdamW, lr=0.1, weight_decay=0.5)
+    optimizer = wn.wrap(optim.Muon, wn.param_groups(net, no_decay="weight"), lr=1e-9, g_class=adamw)
+    lengths = net.weight.detach().norm(dim=1)
+    net.weight.grad = torch.zeros(4, 5)
+    optimizer.step()
+    torch.testing.assert_close(net.weight.detach().norm(dim=1), lengths)
+    plain = {"params": [net.bias], "lr": 7e-4, "weight_decay": 0.0}  # a vector: nothing of it is normalised
+    optimizer = wn.wrap(optim.Muon, [{"params": [net.weight]}, plain], g_class=adamw)
+    net.bias.grad = torch.ones(4)
+    optimizer.step()
+    of_biases = optimizer._engine._rest.param_groups[1]
+    assert (of_biases["lr"], of_biases["weight_decay"], of_biases["betas"]) == (7e-4, 0.0, (0.9, 0.999))
+
+
 def test_bare_tensors_are_normalised_when_they_are_matrices():
     matrix, conv, column = torch.randn(3, 4), torch.randn(2, 3, 1, 5), torch.randn(1, 8, 1)
     parameters = [nn.Parameter(x) for x in (matrix, conv, column, torch.randn(5), torch.tensor(1.0))]
@@ -138,7 +177,7 @@ REFUSED = {
         lambda: wn.wrap(optim.Muon, linear(), lr=0.0, g_class=optim.AdamW),
         "with g_class the learning rate must not be 0",
     ),
-    "differentiable": (lambda: wn.AdamW(linear(), differentiable=True), "differentiable=True cannot work"),
+    "differentiable": (lambda: wn.AdamW(linear(), differentiable=True), "differentiable must be False, since the step"),
     "negative lr": (lambda: wn.AdamW(linear(), lr=-1), "Invalid learning rate"),
     "v_std": (lambda: wn.AdamW(linear(), v_std=0.0), "v_std must be None or a positive number; got 0.0"),
     "g_lr": (lambda: wn.AdamW(linear(), g_lr="cube"), "g_lr must be \"sqrt\" or a number >= 0; got 'cube'"),
@@ -148,6 +187,16 @@ REFUSED = {
         "weight_norm must be None, True or False",
     ),
     "dim": (lambda: wn.AdamW([{"params": [linear().weight], "dim": 5}]), "dim=5 names no axis"),
+    "zero for False": (
+        lambda: wn.AdamW([{"params": [linear().weight], "weight_norm": 0}]),
+        "weight_norm must be None, True or False; got 0",
+    ),
+    "output": (lambda: wn.AdamW([{"params": [linear().weight], "dim": "output"}]), "dim must be an axis.*got 'output'"),
+    "groups": (lambda: wn.AdamW([{"params": [linear().weight], "groups": 3}]), "groups=3 does not divide axis 0"),
+    "endless v": (lambda: wn.AdamW(linear(), v_std=float("inf")), "v_std must be None or a positive number"),
+    "one g_lr": (lambda: wn.AdamW([{"params": [linear().weight], "g_lr": None}]), "g_lr must be"),
+    "twice": (lambda: wn.AdamW([linear().weight] * 2), "a parameter appears twice"),
+    "no such name": (lambda: wn.param_groups(linear(), skip=["hed*"]), r"skip='hed\*' matches no parameter; names are"),
     "lazy": (lambda: wn.AdamW(nn.LazyLinear(3)), "weight has no shape yet; run one batch"),
 }
 
@@ -243,5 +292,32 @@ def test_rules_that_need_whole_matrices_are_refused_on_shards(tmp_path):
                     wn.wrap(optim.Muon, [weight], g_class=adamw)
             else:
                 wn.wrap(optim.Muon, [weight], g_class=adamw)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("place", ["shard", "replicate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distributed_tensors_walk_the_path_of_plain_ones(place, dtype, tmp_path):
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        mesh = dist.init_device_mesh("cpu", (1,))
+        placement = [Shard(0) if place == "shard" else Replicate()]
+        plain = nn.Parameter(torch.randn(4, 6).to(dtype))
+        spread = nn.Parameter(distribute_tensor(plain.detach().clone(), mesh, placement))
+        optimizers = [wn.AdamW([p], lr=0.1) for p in (plain, spread)]
+        for step in range(4):
+            gradient = torch.randn(4, 6).to(dtype)
+            plain.grad, spread.grad = gradient, distribute_tensor(gradient, mesh, placement)
+            if step == 2:
+                with torch.no_grad():
+                    plain.mul_(2)
+                    spread.mul_(2)
+            for optimizer in optimizers:
+                optimizer.step()
+            torch.testing.assert_close(spread.full_tensor(), plain.data)
     finally:
         dist.destroy_process_group()

@@ -14,7 +14,7 @@ import torch
 from torch import nn, optim
 
 import weightnorm as wn
-from nets import Lion, batches, conv_net, train
+from nets import Lion, batches, conv_net, distance, in_torch_module_form, train
 
 RULES = {
     "sgd": partial(wn.SGD, lr=0.01, momentum=0.9),
@@ -292,3 +292,86 @@ def test_state_made_in_a_constructor_is_kept():
     twin = wn.wrap(Counting, net, lr=0.1)
     twin.load_state_dict(through_disk(optimizer.state_dict()))
     assert torch.equal(twin.state[net.weight]["moved"], optimizer.state[net.weight]["moved"])
+
+
+def test_a_tensor_learning_rate_is_each_groups_own():
+    optimizer = wn.AdamW(conv_net(), lr=torch.tensor(1.0))
+    assert len(optimizer.param_groups) > 1
+    schedule = optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0)
+    schedule.step(1.0)
+    schedule.step(1.0)
+    assert [group["lr"].item() for group in optimizer.param_groups] == pytest.approx(
+        [0.1] * len(optimizer.param_groups)
+    )
+
+
+def test_load_hooks_have_their_say():
+    net = conv_net()
+    optimizer = wn.AdamW(net)
+    train(net, optimizer, batches(1, torch.float32))
+    twin = wn.AdamW(conv_net())
+
+    def unpack_and_double(_, state):
+        inner = copy.deepcopy(state["packed"])
+        for parameter_state in inner["state"].values():
+            for value in parameter_state.values():
+                value.mul_(2)
+        return inner
+
+    twin.register_load_state_dict_pre_hook(unpack_and_double)
+    seen = []
+    twin.register_load_state_dict_post_hook(lambda optimizer: seen.append(len(optimizer.state)))
+    twin.load_state_dict({"packed": optimizer.state_dict()})
+    ours, theirs = optimizer.state_dict()["state"], twin.state_dict()["state"]
+    assert all(torch.equal(2 * value, theirs[i][name]) for i, state in ours.items() for name, value in state.items())
+    assert seen == [6]
+    assert len(twin._optimizer_load_state_dict_post_hooks) == 1  # ours were for the length of the call
+
+
+class Idioms(optim.Optimizer):
+    """Every way in which rules keep state: made when missing, bound anew, cleared, and under a name of their own."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.state["all"] = {"steps": self.state["all"].get("steps", 0) + 1}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p not in self.state:
+                    self.state[p] = {"sum": torch.zeros_like(p), "first": True}
+                self.state[p] = {"sum": self.state[p]["sum"] + p.grad}
+                p.sub_(group["lr"] * self.state[p]["sum"])
+
+
+def test_state_is_kept_however_a_rule_keeps_it():
+    net = conv_net().double()
+    twin = in_torch_module_form(net)
+    data = batches(5)
+    optimizer = wn.wrap(Idioms, net, lr=0.01)
+    train(net, optimizer, data)
+    train(twin, Idioms(twin.parameters(), lr=0.01), data)
+    assert distance(net, twin) < 1e-9
+    assert optimizer.state["all"] == {"steps": 5}
+    assert set(optimizer.state[net[0].weight]) == {"scale", "sum", "g.sum"}
+    assert optimizer.state_dict()["state"]["all"] == {"steps": 5}
+
+
+class Adapting(optim.SGD):
+    """Keeps state in its groups, as learning-rate-free rules do."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            group["momentum"] += 0.1
+
+
+def test_a_rule_that_keeps_state_in_its_groups_is_refused():
+    net = conv_net()
+    before = net[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"keeps state in its param groups \(momentum\)"):
+        train(net, wn.wrap(Adapting, net, lr=0.1), batches(1, torch.float32))
+    assert torch.equal(net[0].weight, before)

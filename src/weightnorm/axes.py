@@ -12,7 +12,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from weightnorm.formula import kept_axes
+from weightnorm.formula import Dim, kept_axes
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Axis:
     """Where a weight's vectors lie: along ``dim``, in each of ``groups`` equal blocks of axis 0.
 
     Attributes:
-        dim: the axis kept, non-negative or counted from the end; None: the whole tensor is one vector.
+        dim: the axis kept, non-negative or counted from the end, or a tuple of axes (0 and 1 of stacked matrices);
+            None: the whole tensor is one vector.
         groups: 1, but for a grouped transposed convolution, whose weight ``(in, out/groups, ...)`` holds group ``i``'s
             input channels in block ``i`` of axis 0, so that an output channel is a block *and* an index along axis 1.
 
@@ -30,7 +31,7 @@ class Axis:
         torch.Size([2, 3, 4, 3])
     """
 
-    dim: int | None
+    dim: Dim
     groups: int = 1
 
     def split(self, weight: Tensor) -> Tensor:
@@ -42,12 +43,16 @@ class Axis:
         axes = kept_axes(weight.ndim, self.dim)
         return axes if self.groups == 1 else (0, *(axis + 1 for axis in axes))
 
+    def row_length(self, weight: Tensor) -> int:
+        """Return the number of elements of a vector."""
+        split, kept = self.split(weight), self.kept(weight)
+        return prod(size for axis, size in enumerate(split.shape) if axis not in kept)
+
     def rows(self, weight: Tensor) -> Tensor:
         """Return ``weight`` as a matrix, a vector a row; a view where its layout allows one."""
         split = self.split(weight)
         kept = self.kept(weight)
-        count = prod(split.shape[axis] for axis in kept)
-        return split.movedim(kept, tuple(range(len(kept)))).reshape(count, -1)
+        return split.movedim(kept, tuple(range(len(kept)))).reshape(-1, self.row_length(weight))
 
     def from_rows(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Undo ``rows``: return the matrix as a tensor of the shape of ``weight``."""
@@ -57,9 +62,9 @@ class Axis:
         return rows.reshape(moved).movedim(front, kept).reshape(weight.shape)
 
 
-Rule = int | Callable[[nn.Module], Axis]
+Rule = Dim | Callable[[nn.Module], "Axis | Dim"]
 
-_rules: dict[str, dict[str, Rule]] = {}  # dotted layer type -> parameter name pattern -> its axis
+_rules: dict[type | str, dict[str, Rule]] = {}  # layer type or dotted name -> parameter name pattern -> its axis
 
 
 def register_axis(layer: type[nn.Module] | str, name: str = "weight", dim: Rule = 0) -> None:
@@ -68,10 +73,11 @@ def register_axis(layer: type[nn.Module] | str, name: str = "weight", dim: Rule 
     Args:
         layer: the layer's type, or its dotted name, so that a package need not be imported to name its layer.
         name: the parameter's name, or a pattern of names such as ``"weight_ih_l*"``.
-        dim: the output axis, or a function from the layer to its ``Axis``. Default 0.
+        dim: the output axis, None for the whole tensor, or a function from the layer to either (or to an ``Axis``, for
+            grouped weights). Default 0.
 
     Raises:
-        TypeError: if ``layer`` is neither a type nor a dotted name.
+        TypeError: if ``layer`` is neither a type nor a dotted name, or ``dim`` none of these.
 
     Example:
         >>> import weightnorm as wn
@@ -81,8 +87,9 @@ def register_axis(layer: type[nn.Module] | str, name: str = "weight", dim: Rule 
     """
     if not isinstance(layer, str | type):
         raise TypeError(f"register_axis takes a layer's type or its dotted name; got {layer!r}. Pass type(layer).")
-    dotted = layer if isinstance(layer, str) else _dotted(layer)
-    _rules.setdefault(dotted, {})[name] = dim
+    if not (dim is None or isinstance(dim, int | tuple) or callable(dim)):
+        raise TypeError(f"dim must be an axis, None, or a function from the layer to one; got {dim!r}")
+    _rules.setdefault(layer, {})[name] = dim
 
 
 def output_axis(module: nn.Module, name: str = "weight") -> Axis | None:
@@ -100,14 +107,12 @@ def output_axis(module: nn.Module, name: str = "weight") -> Axis | None:
         (Axis(dim=1, groups=1), None)
     """
     for kind in type(module).__mro__:
-        for pattern, rule in _rules.get(_dotted(kind), {}).items():
+        rules = _rules.get(kind) or _rules.get(f"{kind.__module__}.{kind.__qualname__}") or {}
+        for pattern, rule in rules.items():
             if fnmatchcase(name, pattern):
-                return Axis(rule) if isinstance(rule, int) else rule(module)
+                axis = rule(module) if callable(rule) else rule
+                return axis if isinstance(axis, Axis) else Axis(axis)
     return None
-
-
-def _dotted(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _transposed(module: nn.Module) -> Axis:

@@ -77,13 +77,16 @@ def kept_axes(ndim: int, dim: Dim) -> tuple[int, ...]:
         >>> kept_axes(4, -1), kept_axes(4, None)
         ((3,), ())
     """
-    axes = () if dim is None else (dim,) if isinstance(dim, int) else dim
+    axes = () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
     for axis in axes:
         if not -ndim <= axis < ndim:
             raise ValueError(
                 f"dim={dim} names no axis of a weight with {ndim} axes; use {-ndim} to {ndim - 1}, or None"
             )
-    return tuple(axis % ndim for axis in axes)
+    kept = tuple(axis % ndim for axis in axes)
+    if len(set(kept)) != len(kept):
+        raise ValueError(f"dim={dim} names an axis twice; name each once")
+    return kept
 
 
 def row_lengths(w: Tensor, dim: Dim = 0) -> tuple[Tensor, Tensor]:
@@ -97,11 +100,16 @@ def row_lengths(w: Tensor, dim: Dim = 0) -> tuple[Tensor, Tensor]:
         ``(length, alive)``, shaped like ``g``: the length in the wide dtype, with 1 standing in for that of dead
         vectors so that a division by it and its derivatives stay finite; and the mask ``length > length_floor``.
 
+    Raises:
+        TypeError: if ``w`` is not of a real floating-point dtype.
+
     Example:
         >>> length, alive = row_lengths(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
         >>> length.flatten().tolist(), alive.flatten().tolist()
         ([5.0, 1.0], [True, False])
     """
+    if not w.is_floating_point():
+        raise TypeError(f"weights must be real floating point numbers; got {w.dtype}. Convert them first")
     squares = sum_rows(w.to(wide_dtype(w.dtype)).square(), dim)
     alive = squares > length_floor(w.dtype) ** 2
     # The mask goes in before the root: sqrt has no derivative at zero, and 0 * inf would be NaN.
@@ -166,13 +174,15 @@ def pull_back(grad_w: Tensor, v: Tensor, g: Tensor, dim: Dim = 0) -> tuple[Tenso
         ``(grad_v, grad_g)`` with the shapes and dtypes of ``v`` and ``g``; zero for zero vectors of ``v``.
 
     Raises:
-        ValueError: if ``g`` does not have one element per vector.
+        ValueError: if ``grad_w`` does not have the shape of ``v``, or ``g`` one element per vector.
 
     Example:
         >>> v, g = torch.tensor([[3.0, 4.0]]), torch.tensor([[5.0]])
         >>> pull_back(torch.tensor([[1.0, 0.0]]), v, g)
         (tensor([[ 0.6400, -0.4800]]), tensor([[0.6000]]))
     """
+    if grad_w.shape != v.shape:
+        raise ValueError(f"grad_w must have the shape of v, {tuple(v.shape)}; got {tuple(grad_w.shape)}")
     length, alive = row_lengths(v, dim)
     inverse = torch.where(alive, 1 / length, 0)
     grad_length = sum_rows(grad_w * v.to(length.dtype), dim) * inverse

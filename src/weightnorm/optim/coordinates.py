@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import swap_tensors
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightnorm.axes import Axis
-from weightnorm.formula import advance, pull_back, row_lengths, wide_dtype
+from weightnorm.formula import advance, pull_back, row_lengths, sum_rows, wide_dtype
 
 State = dict[str, Any]
 
@@ -34,13 +36,23 @@ class Coordinates:
         self._axis = axis
         self._dim = axis.kept(weight)
         self._as_matrix = as_matrix
-        # Some optimizers make state in their constructor, so v and g start with their shapes and dtypes.
-        wide = axis.split(weight.detach().to(wide_dtype(weight.dtype)))
-        length, _ = row_lengths(wide, self._dim)
-        self.row_length = weight.numel() // length.numel()
+        # Some optimizers make state in their constructor, so v and g start with their shapes and dtypes. In the wide
+        # dtype an expanded number stands for the weight: copies of a whole model, frozen parts too, would be large.
+        dtype = wide_dtype(weight.dtype)
+        whole = weight.detach()
+        if weight.dtype != dtype and is_traceable_wrapper_subclass(whole):
+            whole = whole.to(dtype)
+        elif weight.dtype != dtype:
+            whole = whole.new_zeros((), dtype=dtype).expand_as(whole)
+        lengths = sum_rows(axis.split(whole), self._dim)
         self._w = self._length = self._scale = torch.empty(0)  # the weight, ‖w‖ and the scale while a step runs
-        self.v = nn.Parameter(self._pack(wide), requires_grad=False)
-        self.g = nn.Parameter(length, requires_grad=False)
+        self.v = nn.Parameter(self._pack(axis.split(whole)), requires_grad=False)
+        self.g = nn.Parameter(torch.zeros_like(lengths), requires_grad=False)
+
+    @property
+    def row_length(self) -> int:
+        """Return the number of elements of a vector."""
+        return self._axis.row_length(self.weight)
 
     def open(self, state: State, v_std: float | None) -> None:
         """Fill ``v``, ``g`` and their gradients from the weight, its gradient and its scale.
@@ -56,13 +68,14 @@ class Coordinates:
 
         grad_v, grad_g = pull_back(gradient, self._w, self._length, self._dim)
         grad_v = torch.where(alive, grad_v, gradient)
-        self.v.data, self.g.data = self._pack(self._start_v()), self._start_g()
+        _put(self.v, self._pack(self._start_v()))
+        _put(self.g, self._start_g())
         self.v.grad, self.g.grad = self._pack(self._scale * grad_v), self._scale.sign() * grad_g
 
     def apply(self, state: State) -> None:
         """Move the weight and its scale as the inner optimizer moved ``v`` and ``g`` since ``open``."""
-        step_v = self._unpack(self.v.data) - self._start_v()
-        step_g = self.g.data - self._start_g()
+        step_v = self._unpack(self.v) - self._start_v()
+        step_g = self.g - self._start_g()
         weight, scale = advance(self._w, self._scale, step_v, step_g, self._dim)
         # In place: a CUDA graph replays these addresses. A scale that is not set yet stays so.
         state[SCALE].copy_(torch.where(state[SCALE] == 0, 0, scale))
@@ -75,7 +88,7 @@ class Coordinates:
         """Drop the tensors of the step."""
         for coordinate in (self.v, self.g):
             coordinate.grad = None
-            coordinate.data = coordinate.data.new_empty(0)
+            _put(coordinate, coordinate.detach().new_empty(0))
         self._w = self._length = self._scale = torch.empty(0)
 
     def _start_v(self) -> Tensor:
@@ -101,6 +114,7 @@ class Coordinates:
         weight = self.weight.detach()
         wide = weight.to(wide_dtype(weight.dtype))
         if wide.dtype == weight.dtype:
+            state.pop(MASTER, None)  # of a narrower past
             return wide
         if MASTER not in state:
             state[MASTER] = wide.clone()
@@ -124,3 +138,8 @@ class Coordinates:
     def _unpack(self, x: Tensor) -> Tensor:
         """Undo ``_pack``."""
         return self._axis.split(self._axis.from_rows(x, self.weight) if self._as_matrix else x)
+
+
+def _put(coordinate: nn.Parameter, value: Tensor) -> None:
+    """Give a coordinate another tensor; ``.data =`` would leave the inside of a DTensor as it was."""
+    swap_tensors(coordinate, nn.Parameter(value, requires_grad=False))

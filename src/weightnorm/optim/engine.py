@@ -4,15 +4,15 @@ Between steps they hold nothing. All state lives in the outer optimizer's ``stat
 length of a step, so there is one place to save, load, edit or clear it, and it is the one that torch's users know.
 """
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weightnorm.optim.buckets import Buckets
 from weightnorm.optim.coordinates import MASTER, SCALE, Coordinates, State
-from weightnorm.optim.groups import Group, group_axis, is_normalized
+from weightnorm.optim.groups import WEIGHT_DTYPES, Group, group_axis, is_normalized
 from weightnorm.optim.rules import Rule, check_sharding, is_matrix_rule
 
 LENGTH = "g."  # prefix, in a weight's state, of what the rule keeps for g; what it keeps for v has torch's own names
@@ -28,7 +28,7 @@ class Engine:
         state: the outer optimizer's state; it takes what a rule's constructor makes.
     """
 
-    def __init__(self, groups: list[Group], rule: Rule, g_rule: Rule | None, state: MutableMapping[Tensor, State]):
+    def __init__(self, groups: list[Group], rule: Rule, g_rule: Rule | None, state: MutableMapping[Any, State]):
         self._built_for = _signature(groups)
         self._selected = [p for group in groups for p in group["params"] if is_normalized(group, p)]
         check_sharding(rule, self._selected)
@@ -45,21 +45,23 @@ class Engine:
         """Say whether members came or went, or options changed that shape the buckets."""
         return self._built_for != _signature(groups)
 
-    def step(self, state: MutableMapping[Tensor, State]) -> None:
+    def step(self, state: MutableMapping[Any, State]) -> None:
         """Step every parameter that has a gradient, and leave its state in ``state``."""
         self._check_gradients()
         self._buckets.sync()
         moving = [(c, group) for c, group in self._normalized if c.weight.grad is not None]
+        plain = [parameter for parameter in self._plain if parameter.grad is not None]
         try:
             for coordinates, group in moving:
                 coordinates.open(state[coordinates.weight], group["v_std"])
                 self._lend(coordinates, state[coordinates.weight])
-            for parameter in self._plain:
-                if parameter.grad is not None:
-                    self._rest.state[parameter] = state[parameter]
+            self._rest.state.update({parameter: state[parameter] for parameter in plain if state.get(parameter)})
+            self._main.state.update(_named(state))
             self._main.step()
             if self._rest is not self._main:
                 self._rest.step()
+            self._buckets.check_untouched()
+            self._take_back_rest(state, plain)
             for coordinates, _ in moving:
                 self._take_back(coordinates, state[coordinates.weight])
                 coordinates.apply(state[coordinates.weight])
@@ -69,7 +71,7 @@ class Engine:
 
     def _enter(self, group: Group, as_matrix: bool) -> None:
         for parameter in group["params"]:
-            if is_normalized(group, parameter) and not parameter.is_complex():
+            if is_normalized(group, parameter) and parameter.dtype in WEIGHT_DTYPES:
                 coordinates = Coordinates(parameter, group_axis(group), as_matrix=as_matrix)
                 self._normalized.append((coordinates, group))
                 self._buckets.add_normalized(coordinates, group)
@@ -78,25 +80,32 @@ class Engine:
                 self._buckets.add_plain(parameter, group)
 
     def _lend(self, coordinates: Coordinates, state: State) -> None:
-        of_v, of_g = self._main.state[coordinates.v], self._rest.state[coordinates.g]
-        for name, value in state.items():
-            if name.startswith(LENGTH):
-                of_g[name.removeprefix(LENGTH)] = value
-            elif name not in (SCALE, MASTER):
-                of_v[name] = value
+        of_v = {name: value for name, value in state.items() if _is_of_v(name)}
+        of_g = {name.removeprefix(LENGTH): value for name, value in state.items() if name.startswith(LENGTH)}
+        if of_v:  # rules tell a first step by an empty state, or by none
+            self._main.state[coordinates.v] = of_v
+        if of_g:
+            self._rest.state[coordinates.g] = of_g
 
     def _take_back(self, coordinates: Coordinates, state: State) -> None:
-        state.update(self._main.state[coordinates.v])
-        state.update({LENGTH + name: value for name, value in self._rest.state[coordinates.g].items()})
+        of_v, of_g = self._main.state.get(coordinates.v, {}), self._rest.state.get(coordinates.g, {})
+        for name in [name for name in state if name not in (SCALE, MASTER)]:
+            del state[name]  # what the rule forgot is forgotten
+        state.update({**of_v, **{LENGTH + name: value for name, value in of_g.items()}})
 
-    def _adopt_constructed_state(self, state: MutableMapping[Tensor, State]) -> None:
+    def _take_back_rest(self, state: MutableMapping[Any, State], plain: list[nn.Parameter]) -> None:
+        """Keep the state of plain parameters, and what a rule keeps under names of its own."""
+        for parameter in plain:
+            if parameter in self._rest.state:
+                state[parameter] = self._rest.state[parameter]
+        state.update(_named(self._main.state))
+
+    def _adopt_constructed_state(self, state: MutableMapping[Any, State]) -> None:
         """Keep what rules such as Adagrad make in their constructor, for parameters that have no state yet."""
         for coordinates, _ in self._normalized:
             if self._main.state.get(coordinates.v) and not state.get(coordinates.weight):
                 self._take_back(coordinates, state[coordinates.weight])
-        for parameter in self._plain:
-            if self._rest.state.get(parameter) and not state.get(parameter):
-                state[parameter] = self._rest.state[parameter]
+        self._take_back_rest(state, [parameter for parameter in self._plain if not state.get(parameter)])
         self._clear()
 
     def _clear(self) -> None:
@@ -118,7 +127,17 @@ class Engine:
                 )
 
 
+def _named(state: Mapping[Any, State]) -> dict[Any, State]:
+    """Return what is kept under names rather than parameters: counters of some rules."""
+    return {name: value for name, value in state.items() if isinstance(name, str)}
+
+
+def _is_of_v(name: str) -> bool:
+    return name not in (SCALE, MASTER) and not name.startswith(LENGTH)
+
+
 def _signature(groups: list[Group]) -> list[tuple[Any, ...]]:
     """Return what the buckets were built from."""
     shaping = ("weight_norm", "dim", "groups", "g_lr", "decay")
-    return [(*map(id, group["params"]), *(group[name] for name in shaping)) for group in groups]
+    members = [[(id(parameter), parameter.shape) for parameter in group["params"]] for group in groups]
+    return [(*found, *(group[name] for name in shaping)) for found, group in zip(members, groups, strict=True)]

@@ -1,10 +1,12 @@
 """What of a model is normalised, along which axis, and what stays plain and why: the optimizers' param groups."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -14,6 +16,9 @@ Group = dict[str, Any]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
 ModelOrParams = nn.Module | Sequence[nn.Module] | Params
 Choice = str | type[nn.Module]  # a pattern of parameter names, or a type of layer
+_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # torch's own, no part of a user's names
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # others stay plain: float8, integers
+
 Use = tuple[str, nn.Module]  # a parameter's name in the model, and the layer that holds it there
 
 
@@ -70,9 +75,9 @@ class ParamGroups(list[Group]):
 def param_groups(
     model: nn.Module | Sequence[nn.Module],
     *,
-    no_decay: Sequence[Choice] = (),
-    skip: Sequence[Choice] = (),
-    include: Sequence[Choice] = (),
+    no_decay: Choice | Sequence[Choice] = (),
+    skip: Choice | Sequence[Choice] = (),
+    include: Choice | Sequence[Choice] = (),
 ) -> ParamGroups:
     """List what of a model is normalised, as param groups that every optimizer here takes.
 
@@ -91,7 +96,7 @@ def param_groups(
         ``weight_decay=0``. Print them to see every parameter.
 
     Raises:
-        ValueError: if a parameter is not initialised yet (lazy layers).
+        ValueError: if a parameter is not initialised yet (lazy layers), or a pattern matches none.
 
     Example:
         >>> import weightnorm as wn
@@ -106,12 +111,17 @@ def param_groups(
     for prefix, part in _parts(model):
         for path, module in part.named_modules(prefix=prefix):
             for name, parameter in module.named_parameters(recurse=False):
-                owners.setdefault(parameter, []).append((f"{path}.{name}".lstrip("."), module))
-    return ParamGroups([_entry(parameter, uses, no_decay, skip, include) for parameter, uses in owners.items()])
+                whole = f"{path}.{name}".lstrip(".")
+                owners.setdefault(parameter, []).append((_WRAPPERS.sub("", whole), module))
+    choices = {"no_decay": no_decay, "skip": skip, "include": include}
+    checked = {what: _checked(what, chosen, owners.values()) for what, chosen in choices.items()}
+    return ParamGroups([_entry(parameter, uses, **checked) for parameter, uses in owners.items()])
 
 
 def as_param_groups(params: ModelOrParams) -> Params:
     """Return what a torch optimizer takes: a model's groups, anything else as it came."""
+    if isinstance(params, nn.ParameterList | nn.ParameterDict):
+        return list(params.parameters())
     if isinstance(params, nn.Module):
         return param_groups(params)
     if isinstance(params, Tensor):
@@ -128,7 +138,9 @@ def is_normalized(group: Group, parameter: Tensor) -> bool:
 
     Axes of size 1 do not count: a bias kept as ``(1, 64)`` is a vector.
     """
-    if parameter.numel() == 0 or group["weight_norm"] is False:
+    if parameter.numel() == 0 or parameter.ndim == 0 or group["weight_norm"] is False:
+        return False
+    if not (parameter.dtype in WEIGHT_DTYPES or parameter.is_complex()):  # complex ones are refused at the step
         return False
     return group["weight_norm"] is True or sum(size != 1 for size in parameter.shape) >= 2
 
@@ -173,6 +185,8 @@ def _entry(
 def _treatment(parameter: nn.Parameter, uses: list[Use], included: bool) -> tuple[Axis | None, str]:
     """Return the axis of a parameter with these uses, or None and why it stays plain."""
     axes = {output_axis(module, _last(name)) for name, module in uses}
+    if parameter.numel() == 0:
+        return None, "empty"
     if any(isinstance(module, ParametrizationList) for _, module in uses):
         return None, "carries another parametrization"
     if axes == {None}:
@@ -183,6 +197,19 @@ def _treatment(parameter: nn.Parameter, uses: list[Use], included: bool) -> tupl
     if not included and any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for _, module in uses):
         return None, "an embedding" if len(uses) == 1 else "tied to an embedding"
     return axes.pop(), ""
+
+
+def _checked(what: str, choices: Choice | Sequence[Choice], owners: Iterable[list[Use]]) -> Sequence[Choice]:
+    """Return choices as a sequence; refuse those that choose nothing, which are mistakes."""
+    choices = [choices] if isinstance(choices, str | type) else list(choices)
+    uses = [use for found in owners for use in found]
+    for choice in choices:
+        if isinstance(choice, str) and not any(_chosen(use, [choice]) for use in uses):
+            names = ", ".join(name for name, _ in uses[:4])
+            raise ValueError(
+                f"{what}={choice!r} matches no parameter; names are {names}, ... and * stands for anything"
+            )
+    return choices
 
 
 def _chosen(use: Use, choices: Sequence[Choice]) -> bool:

@@ -10,23 +10,9 @@ from torch import Tensor
 
 from weightnorm.formula import wide_dtype
 from weightnorm.optim.engine import Engine
-from weightnorm.optim.groups import Group, ModelOrParams, as_param_groups, group_axis, is_normalized
+from weightnorm.optim.groups import Group, ModelOrParams, as_param_groups, is_normalized
+from weightnorm.optim.options import check_axes, check_options, check_structure, members_of, structure_of
 from weightnorm.optim.rules import Rule, check_rule, default_options
-
-_STRUCTURE = (
-    "weight_norm",
-    "dim",
-    "groups",
-)  # options that say what a group's tensors are, not how they are trained
-_MAY_BE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "v_std": (lambda value: value is None or value > 0, "None or a positive number"),
-    "g_lr": (
-        lambda value: value == "sqrt" or (not isinstance(value, str) and value >= 0),
-        '"sqrt" or a number >= 0',
-    ),
-    "decay": (lambda value: value in ("both", "g"), '"both" or "g"'),
-    "weight_norm": (lambda value: value in (None, True, False), "None, True or False"),
-}
 
 
 class WeightNormOptimizer(torch.optim.Optimizer):
@@ -41,7 +27,8 @@ class WeightNormOptimizer(torch.optim.Optimizer):
     Args:
         params: a model, a list of models, or what torch optimizers take; see ``weightnorm.param_groups``. Of bare
             tensors every matrix and more is normalised along axis 0, unless its group says ``weight_norm=``, ``dim=``
-            (an axis, or None for the whole tensor) or ``groups=`` (of a grouped transposed convolution, ``dim=1``).
+            (an axis; a tuple of axes, as (0, 1) for stacked matrices; or None for the whole tensor) or ``groups=`` (of
+            a grouped transposed convolution, ``dim=1``).
         rule: makes a torch optimizer from groups: the one that steps on ``v``, ``g`` and plain parameters.
         g_rule: makes the one that steps on ``g`` and plain parameters instead. None: ``rule`` does.
         v_std: sets ``‖v‖`` at a vector's first step, as if ``v`` were drawn from N(0, v_std²); the paper's is 0.05.
@@ -68,8 +55,6 @@ class WeightNormOptimizer(torch.optim.Optimizer):
     ):
         check_rule(rule, g_rule)
         defaults = default_options(rule) | {"v_std": v_std, "g_lr": g_lr, "decay": decay}
-        if defaults.get("differentiable"):
-            raise ValueError("differentiable=True cannot work: the step runs outside autograd. Leave it False")
         self._rule, self._g_rule, self._engine = rule, g_rule, None
         super().__init__(as_param_groups(params), defaults | {"weight_norm": None, "dim": 0, "groups": 1})
         self._engine = self._build_engine()
@@ -84,11 +69,19 @@ class WeightNormOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if an option is out of its range; the group is not added then.
         """
-        if self._g_rule and param_group.get("weight_norm") is False:
-            param_group = default_options(self._g_rule) | param_group
-        super().add_param_group(param_group)
+        check_options({**self.defaults, **param_group})
+        members = members_of(param_group["params"])
+        tensors = [member[1] if isinstance(member, tuple) else member for member in members]
+        if self._g_rule and not any(is_normalized({**self.defaults, **param_group}, tensor) for tensor in tensors):
+            param_group = {**default_options(self._g_rule), **param_group}
+        if len(tensors) != len(set(tensors)):
+            raise ValueError("a parameter appears twice in a group; pass each once")
+        super().add_param_group({**param_group, "params": members})
+        group = self.param_groups[-1]
+        if isinstance(group["lr"], Tensor) and group["lr"] is self.defaults["lr"]:
+            group["lr"] = group["lr"].clone()  # schedulers change it in place, group by group
         try:
-            _check_group(self.param_groups[-1])
+            check_axes(group)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -124,16 +117,27 @@ class WeightNormOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if the groups differ in number or size, or are normalised along other axes.
         """
-        structure = [{name: group[name] for name in _STRUCTURE} for group in self.param_groups]
-        saved_groups = state_dict["param_groups"]
-        if len(saved_groups) == len(structure):  # torch refuses other numbers
-            for ours, saved in zip(structure, saved_groups, strict=True):
-                if (theirs := {name: saved.get(name, ours[name]) for name in _STRUCTURE}) != ours:
-                    raise ValueError(f"saved for a group with {theirs}, loaded into one with {ours}; build both alike")
-        super().load_state_dict(state_dict)
-        for ours, group in zip(structure, self.param_groups, strict=True):
-            group |= {name: value for name, value in self.defaults.items() if name not in group} | ours
-        self._undo_casts(state_dict)
+        structure = [structure_of(group) for group in self.param_groups]
+        handed: dict[str, Any] = {}
+
+        def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+            handed.update(final)  # what the hooks before this one made of it
+            check_structure(structure, final["param_groups"])
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            for ours, group in zip(structure, self.param_groups, strict=True):
+                group |= {name: value for name, value in self.defaults.items() if name not in group} | ours
+            self._undo_casts(handed)
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_rule": self._rule, "_g_rule": self._g_rule}
@@ -175,15 +179,6 @@ class WeightNormOptimizer(torch.optim.Optimizer):
                 "To train without weight normalization use torch.optim"
             )
         _tell(f"{count} of {len(members)} tensors normalised; print(weightnorm.param_groups(model)) for the list")
-
-
-def _check_group(group: Group) -> None:
-    for name, (is_right, what) in _MAY_BE.items():
-        if not is_right(group[name]):
-            raise ValueError(f"{name} must be {what}; got {group[name]!r}")
-    for parameter in group["params"]:
-        if is_normalized(group, parameter):
-            group_axis(group).kept(parameter)
 
 
 def _tell(line: str) -> None:

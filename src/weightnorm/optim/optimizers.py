@@ -25,7 +25,9 @@ class _Named(WeightNormOptimizer):
         super().__init__(params, partial(self.rule, **options), **own)
 
     def __init_subclass__(cls) -> None:
-        """Show the real signature, which ``*args`` would hide from help() and editors."""
+        """Show the real signature, which ``*args`` would hide from help()."""
+        if "rule" not in cls.__dict__:
+            return  # a user's own subclass
         theirs = inspect.signature(cls.rule)
         ours = inspect.signature(WeightNormOptimizer.__init__).parameters
         parameters = [*theirs.parameters.values(), *(ours[name] for name in _OWN)]

@@ -375,3 +375,39 @@ def test_a_rule_that_keeps_state_in_its_groups_is_refused():
     with pytest.raises(ValueError, match=r"keeps state in its param groups \(momentum\)"):
         train(net, wn.wrap(Adapting, net, lr=0.1), batches(1, torch.float32))
     assert torch.equal(net[0].weight, before)
+
+
+class Restarting(optim.SGD):
+    """Forgets everything at its second step."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self.state and self.state[p].setdefault("old", False):
+                    self.state[p].clear()
+                elif p in self.state:
+                    self.state[p]["old"] = True
+
+
+def test_what_a_rule_forgets_is_forgotten():
+    net = nn.Linear(4, 3)
+    optimizer = wn.wrap(Restarting, net, lr=0.1, momentum=0.9)
+    kept = []
+    for _ in range(3):
+        net.weight.grad = torch.ones(3, 4)
+        optimizer.step()
+        kept.append(set(optimizer.state[net.weight]))
+    first = {"scale", "momentum_buffer", "old", "g.momentum_buffer", "g.old"}
+    assert kept == [first, {"scale"}, first]
+
+
+def test_a_weight_may_get_another_shape():
+    weight = nn.Parameter(torch.randn(4, 9))
+    optimizer = wn.SGD([weight], lr=0.01, v_std=0.05, g_lr="sqrt")
+    weight.data = torch.randn(4, 400)
+    lengths = weight.detach().norm(dim=1)
+    weight.grad = weight.detach() / lengths[:, None]  # ∂g = 1, ∂v = 0
+    optimizer.step()
+    torch.testing.assert_close(weight.detach().norm(dim=1), lengths - 0.01 * 20)
+    torch.testing.assert_close((weight.detach() / optimizer.state[weight]["scale"]).norm(dim=1), torch.full((4,), 1.0))

@@ -49,8 +49,8 @@ class Bucket:
         options = followed | self.fixed
         if self.lr_factor != 1 or not self.follows:
             options["lr"] = self.outer["lr"] * self.lr_factor
-        if self.outer.get("weight_decay") == 0 and "weight_decay" in options:
-            options["weight_decay"] = 0
+        if not self.follows and self.outer.get("weight_decay") == 0 and "weight_decay" in options:
+            options["weight_decay"] = 0  # no_decay holds under either rule
         return options
 
 

@@ -85,7 +85,9 @@ class Coordinates:
         self.weight.copy_(weight)
 
     def close(self) -> None:
-        """Drop the tensors of the step."""
+        """Drop the tensors of the step, or of the constructor."""
+        if self.v.numel() == 0:
+            return  # at rest already
         for coordinate in (self.v, self.g):
             coordinate.grad = None
             _put(coordinate, coordinate.detach().new_empty(0))

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Rule = Callable[
-    [Any], torch.optim.Optimizer
-]  # from params or groups to a torch optimizer: a class, or a partial of one
+# From params or groups to a torch optimizer: a class, or a partial of one.
+Rule = Callable[[Any], torch.optim.Optimizer]
 
 _REFUSED = {
     "LBFGS": "it evaluates the model many times in a step, at points in between; use a first-order optimizer",

@@ -9,11 +9,8 @@ import click
 
 from weightnorm._version import __version__
 from weightnorm.compare.arms import ARMS, DEFAULT_ARMS
-from weightnorm.errors import UserError
+from weightnorm.errors import INTERRUPTED, USER_ERROR, UserError
 from weightnorm.tasks import TASKS
-
-INTERRUPTED = 130
-USER_ERROR = 2
 
 
 class CommaList(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only

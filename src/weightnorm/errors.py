@@ -1,4 +1,7 @@
-"""The error that is the user's to put right."""
+"""The error that is the user's to put right, and the exit codes of the command line."""
+
+USER_ERROR = 2
+INTERRUPTED = 130  # by Ctrl-C, as shells have it
 
 
 class UserError(Exception):

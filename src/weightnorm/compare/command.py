@@ -19,12 +19,10 @@ from weightnorm.compare.arms import Arm
 from weightnorm.compare.loop import Comparison, Options
 from weightnorm.compare.progress import ArmBars
 from weightnorm.compare.report import write_report
-from weightnorm.compare.results import Record, results
-from weightnorm.compare.table import COLUMNS, evidence, notes, rows
-from weightnorm.errors import UserError
+from weightnorm.compare.results import results
+from weightnorm.compare.table import COLUMNS, Record, evidence, notes, rows
+from weightnorm.errors import INTERRUPTED, UserError
 from weightnorm.tasks import load_task
-
-INTERRUPTED = 130
 
 
 def compare_and_report(

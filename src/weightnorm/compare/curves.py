@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -11,8 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from weightnorm.compare.arms import ARMS
 from weightnorm.compare.evidence import spread, trailing_means
+from weightnorm.compare.table import Record
 
-Record = dict[str, Any]
 _COLOURS = dict(zip(ARMS, matplotlib.color_sequences["tab10"], strict=False))
 
 

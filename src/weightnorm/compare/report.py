@@ -4,16 +4,13 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from weightnorm.compare.curves import draw_curves
-from weightnorm.compare.table import COLUMNS, evidence, notes, rows
-
-Record = dict[str, Any]
+from weightnorm.compare.table import COLUMNS, Record, evidence, notes, rows
 
 
 def write_report(results: Record, folder: Path) -> None:

@@ -15,9 +15,9 @@ from weightnorm.compare.best import Best, best_of, compared_epochs, step_losses
 from weightnorm.compare.evidence import mean_ratio, spread, verdict
 from weightnorm.compare.loop import Comparison
 from weightnorm.compare.run import Run
+from weightnorm.compare.table import Record
 
 METRICS = ("train_loss", "train_error", "test_loss", "test_error")
-Record = dict[str, Any]
 
 
 def results(comparison: Comparison, command: str) -> Record:

@@ -117,7 +117,7 @@ def test_no_decay_and_own_options_hold_under_another_rule_too():
     optimizer = wn.wrap(optim.Muon, [{"params": [net.weight]}, plain], g_class=adamw)
     net.bias.grad = torch.ones(4)
     optimizer.step()
-    of_biases = optimizer._engine._rest.param_groups[1]
+    of_biases = optimizer._engines[0]._rest.param_groups[1]
     assert (of_biases["lr"], of_biases["weight_decay"], of_biases["betas"]) == (7e-4, 0.0, (0.9, 0.999))
 
 
@@ -254,9 +254,9 @@ def test_sparse_embeddings_that_stay_plain_work():
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adamax"])
-def test_signatures_are_torchs_and_three_more(name):
+def test_signatures_are_torchs_and_ours(name):
     ours, theirs = inspect.signature(getattr(wn, name)), inspect.signature(getattr(optim, name))
-    assert list(ours.parameters) == [*theirs.parameters, "v_std", "g_lr", "decay"]
+    assert list(ours.parameters) == [*theirs.parameters, "v_std", "g_lr", "decay", "stochastic_rounding", "backend"]
     for parameter in theirs.parameters.values():
         assert ours.parameters[parameter.name].default == parameter.default
     positional = getattr(wn, name)(linear(), 0.123)
@@ -271,7 +271,7 @@ def test_the_other_rule_of_wrap_keeps_its_options_and_its_share_of_the_schedule(
     optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.1)
     net(torch.ones(2, 6)).sum().backward()
     optimizer.step()
-    of_g, of_biases = optimizer._engine._rest.param_groups
+    of_g, of_biases = optimizer._engines[0]._rest.param_groups
     assert of_g["lr"] == pytest.approx(3e-5)
     assert of_biases["lr"] == pytest.approx(3e-5)
     assert of_g["betas"] == (0.5, 0.6)

@@ -16,6 +16,8 @@ from torch import nn, optim
 import weightnorm as wn
 from nets import Lion, batches, conv_net, distance, in_torch_module_form, train
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 RULES = {
     "sgd": partial(wn.SGD, lr=0.01, momentum=0.9),
     "adamw": partial(wn.AdamW, lr=1e-3, v_std=0.05),
@@ -87,7 +89,7 @@ def test_copies_go_on_alike_and_apart(rule, copied):
 
 
 @pytest.mark.slow
-def test_killed_and_restarted(tmp_path):
+def test_killed_and_restarted(tmp_path, each_backend):
     program = textwrap.dedent("""
         import os, signal, sys, torch
         sys.path.insert(0, sys.argv[3])
@@ -96,7 +98,7 @@ def test_killed_and_restarted(tmp_path):
         path, kill_at = sys.argv[1], int(sys.argv[2])
         torch.manual_seed(0)
         net, data = conv_net(), batches(8, torch.float32)
-        optimizer = wn.AdamW(net, v_std=0.05)
+        optimizer = wn.AdamW(net, v_std=0.05, backend=sys.argv[4])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
         parts = {"net": net, "optimizer": optimizer, "schedule": schedule}
         start = 0
@@ -114,7 +116,7 @@ def test_killed_and_restarted(tmp_path):
     """)
 
     def run(path, kill_at):
-        command = [sys.executable, "-c", program, str(path), str(kill_at), "tests"]
+        command = [sys.executable, "-c", program, str(path), str(kill_at), "tests", each_backend]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     assert run(tmp_path / "killed", 5).returncode == -signal.SIGKILL
@@ -220,16 +222,16 @@ def test_no_gradient_frozen_shared_and_empty_parameters():
 
 def test_nothing_is_kept_between_steps_but_the_state():
     net = conv_net()
-    optimizer = wn.AdamW(net)
+    optimizer = wn.AdamW(net, backend="torch")
     train(net, optimizer, batches(2, torch.float32))
     weight = net[0].weight
     kept = optimizer.state[weight]
     per_weight = [name for name, value in kept.items() if value.shape == weight.shape]
     assert per_weight == ["exp_avg", "exp_avg_sq"]  # as plain AdamW: no copy of the weights
-    for coordinates, _ in optimizer._engine._normalized:
+    for coordinates, _ in optimizer._engines[0]._normalized:
         assert coordinates.v.numel() == coordinates.g.numel() == 0
         assert coordinates.v.grad is None
-    assert not optimizer._engine._main.state
+    assert not optimizer._engines[0]._main.state
 
 
 def test_a_failing_rule_leaves_normalised_weights_as_they_were():
@@ -244,7 +246,7 @@ def test_a_failing_rule_leaves_normalised_weights_as_they_were():
     with pytest.raises(RuntimeError, match="out of luck"):
         train(net, optimizer, batches(1, torch.float32))
     assert torch.equal(net[0].weight, before)
-    assert optimizer._engine._normalized[0][0].v.numel() == 0
+    assert optimizer._engines[0]._normalized[0][0].v.numel() == 0
 
 
 def test_a_grad_scaler_skips_a_bad_step_whole():

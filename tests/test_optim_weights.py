@@ -12,6 +12,8 @@ import oracle
 import weightnorm as wn
 from nets import batches, conv_net, train
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 def by_hand(weight, value):
     with torch.no_grad():

@@ -13,6 +13,8 @@ import weightnorm as wn
 from nets import Lion, batches, conv_net, distance, in_torch_module_form, train
 from weightnorm.formula import row_lengths
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 RULES = {
     "sgd": (wn.SGD, optim.SGD, dict(lr=0.01)),
     "sgd momentum": (wn.SGD, optim.SGD, dict(lr=0.01, momentum=0.9, weight_decay=0.1)),
@@ -23,7 +25,7 @@ RULES = {
     "adamw": (wn.AdamW, optim.AdamW, dict(lr=1e-3, weight_decay=0.1)),
     "adamw fused": (wn.AdamW, optim.AdamW, dict(lr=1e-3, weight_decay=0.1, fused=True)),
     "adamw foreach": (wn.AdamW, optim.AdamW, dict(lr=1e-3, foreach=True)),
-    "adamw tensor lr": (wn.AdamW, optim.AdamW, dict(lr=torch.tensor(1e-3))),
+    "adamw tensor lr": (wn.AdamW, optim.AdamW, dict(lr=torch.tensor(1e-3, dtype=torch.float64))),
     "adamax": (wn.Adamax, optim.Adamax, dict(lr=1e-3)),
     "rmsprop": (partial(wn.wrap, optim.RMSprop), optim.RMSprop, dict(lr=1e-3, momentum=0.5, centered=True)),
     "adagrad": (partial(wn.wrap, optim.Adagrad), optim.Adagrad, dict(lr=0.01, initial_accumulator_value=0.1)),

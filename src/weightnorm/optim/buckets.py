@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from weightnorm.optim.coordinates import Coordinates, State
-from weightnorm.optim.groups import Group, is_normalized
+from weightnorm.optim.groups import Group, g_lr_factor, is_normalized
 from weightnorm.optim.rules import Rule, default_options
 
-_OURS = ("params", "param_names", "v_std", "g_lr", "decay", "weight_norm", "dim", "groups")
+_OURS = ("params", "param_names", "v_std", "g_lr", "decay", "stochastic_rounding", "weight_norm", "dim", "groups")
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Buckets:
 
     def add_normalized(self, coordinates: Coordinates, group: Group) -> None:
         """Add the coordinates of one weight of a group."""
-        factor = coordinates.row_length**0.5 if group["g_lr"] == "sqrt" else group["g_lr"]
+        factor = g_lr_factor(group, coordinates.row_length)
         self._bucket(group, is_v=True, decays=group["decay"] == "both")["params"].append(coordinates.v)
         self._bucket(group, is_v=False, lr_factor=factor)["params"].append(coordinates.g)
 

@@ -3,6 +3,7 @@
 This file alone owns the scale ``s = g/‖v‖``, the pull-back of the gradient and the increment of the weight.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ State = dict[str, Any]
 
 SCALE = "scale"  # s = g/‖v‖ per vector; 0: not set yet, the vector had no direction so far
 MASTER = "master"  # the weight in the wide dtype, where the weight's own is narrower
+LENGTH = "g."  # prefix of what the rule keeps for g; what it keeps for v has torch's own names
 
 
 class Coordinates:
@@ -54,17 +56,17 @@ class Coordinates:
         """Return the number of elements of a vector."""
         return self._axis.row_length(self.weight)
 
-    def open(self, state: State, v_std: float | None) -> None:
+    def open(self, state: State, options: Mapping[str, Any]) -> None:
         """Fill ``v``, ``g`` and their gradients from the weight, its gradient and its scale.
 
         ``pull_back`` at ``v = w``, ``g = ‖w‖`` gives the gradients for scale 1; another scale ``s`` multiplies ∂v by
         ``s`` and ∂g by its sign. A vector with no direction has ``g = 0``, ``∂g = 0`` and takes a plain step in ``v``.
         """
-        self._w = self._axis.split(self._wide_weight(state))
+        self._w = self._axis.split(self._wide_weight(state, keeps_master=not options["stochastic_rounding"]))
         gradient = self._axis.split(self._wide_gradient())
         length, alive = row_lengths(self._w, self._dim)
         self._length = torch.where(alive, length, 0)
-        self._set_scale(state, v_std)
+        self._set_scale(state, options["v_std"])
 
         grad_v, grad_g = pull_back(gradient, self._w, self._length, self._dim)
         grad_v = torch.where(alive, grad_v, gradient)
@@ -72,7 +74,7 @@ class Coordinates:
         _put(self.g, self._start_g())
         self.v.grad, self.g.grad = self._pack(self._scale * grad_v), self._scale.sign() * grad_g
 
-    def apply(self, state: State) -> None:
+    def apply(self, state: State, options: Mapping[str, Any]) -> None:
         """Move the weight and its scale as the inner optimizer moved ``v`` and ``g`` since ``open``."""
         step_v = self._unpack(self.v) - self._start_v()
         step_g = self.g - self._start_g()
@@ -82,6 +84,8 @@ class Coordinates:
         weight = weight.reshape(self.weight.shape)
         if MASTER in state:
             state[MASTER].copy_(weight)
+        elif options["stochastic_rounding"] and self.weight.dtype == torch.bfloat16:
+            weight = round_stochastically(weight)
         self.weight.copy_(weight)
 
     def close(self) -> None:
@@ -111,12 +115,12 @@ class Coordinates:
         state[SCALE].copy_(torch.where(state[SCALE] == 0, initial, state[SCALE]))
         self._scale = torch.where(state[SCALE] == 0, 1, state[SCALE])
 
-    def _wide_weight(self, state: State) -> Tensor:
+    def _wide_weight(self, state: State, keeps_master: bool) -> Tensor:
         """Return the weight in the wide dtype: the master where it still rounds to the weight, else the weight."""
         weight = self.weight.detach()
         wide = weight.to(wide_dtype(weight.dtype))
-        if wide.dtype == weight.dtype:
-            state.pop(MASTER, None)  # of a narrower past
+        if wide.dtype == weight.dtype or not keeps_master:
+            state.pop(MASTER, None)  # of a narrower past, or of one that rounded to the nearest
             return wide
         if MASTER not in state:
             state[MASTER] = wide.clone()
@@ -140,6 +144,17 @@ class Coordinates:
     def _unpack(self, x: Tensor) -> Tensor:
         """Undo ``_pack``."""
         return self._axis.split(self._axis.from_rows(x, self.weight) if self._as_matrix else x)
+
+
+def round_stochastically(x: Tensor) -> Tensor:
+    """Round float32 numbers to bfloat16 ones, up or down at random, so that they are right on average.
+
+    Where each step is far smaller than a weight's last bit, rounding to the nearest would lose every one of them.
+    """
+    bits = x.view(torch.int32)
+    noise = torch.randint_like(bits, 1 << 16)
+    rounded = (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
 def _put(coordinate: nn.Parameter, value: Tensor) -> None:

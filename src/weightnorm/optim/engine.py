@@ -4,18 +4,16 @@ Between steps they hold nothing. All state lives in the outer optimizer's ``stat
 length of a step, so there is one place to save, load, edit or clear it, and it is the one that torch's users know.
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from weightnorm.optim.buckets import Buckets
-from weightnorm.optim.coordinates import MASTER, SCALE, Coordinates, State
+from weightnorm.optim.coordinates import LENGTH, MASTER, SCALE, Coordinates, State
 from weightnorm.optim.groups import WEIGHT_DTYPES, Group, group_axis, is_normalized
+from weightnorm.optim.options import refusal
 from weightnorm.optim.rules import Rule, check_sharding, is_matrix_rule
-
-LENGTH = "g."  # prefix, in a weight's state, of what the rule keeps for g; what it keeps for v has torch's own names
 
 
 class Engine:
@@ -23,61 +21,75 @@ class Engine:
 
     Args:
         groups: the outer optimizer's groups.
+        parameters: those of theirs that this steps on.
         rule: makes the optimizer for ``v``, and for ``g`` and plain parameters too where ``g_rule`` is None.
         g_rule: makes the optimizer for those.
         state: the outer optimizer's state; it takes what a rule's constructor makes.
     """
 
-    def __init__(self, groups: list[Group], rule: Rule, g_rule: Rule | None, state: MutableMapping[Any, State]):
-        self._built_for = _signature(groups)
-        self._selected = [p for group in groups for p in group["params"] if is_normalized(group, p)]
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        parameters: Sequence[tuple[nn.Parameter, int]],
+        rule: Rule,
+        g_rule: Rule | None,
+        state: MutableMapping[Any, State],
+    ):
+        self._parameters = [parameter for parameter, _ in parameters]
+        self._built_for = _kinds(self._parameters)
+        self._selected = [parameter for parameter, index in parameters if is_normalized(groups[index], parameter)]
         check_sharding(rule, self._selected)
         self._normalized: list[tuple[Coordinates, Group]] = []
         self._plain: list[nn.Parameter] = []
         self._buckets = Buckets(rule, g_rule)
-        for group in groups:
-            self._enter(group, as_matrix=is_matrix_rule(rule))
+        for parameter, index in parameters:
+            self._enter(parameter, groups[index], as_matrix=is_matrix_rule(rule))
         self._main = rule(self._buckets.main)
         self._rest = g_rule(self._buckets.rest) if g_rule else self._main
         self._adopt_constructed_state(state)
 
-    def is_stale(self, groups: list[Group]) -> bool:
-        """Say whether members came or went, or options changed that shape the buckets."""
-        return self._built_for != _signature(groups)
+    def is_stale(self, _: MutableMapping[Any, State]) -> bool:
+        """Say whether a parameter is another in kind than this was built for, or has a gradient that is refused."""
+        return any(refusal(weight.grad) for weight in self._selected) or self._built_for != _kinds(self._parameters)
 
-    def step(self, state: MutableMapping[Any, State]) -> None:
-        """Step every parameter that has a gradient, and leave its state in ``state``."""
-        self._check_gradients()
+    def step(self, state: MutableMapping[Any, State], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Step every parameter that has a gradient, and leave its state in ``state``.
+
+        Args:
+            state: the outer optimizer's.
+            grad_scale: by which the loss was multiplied, for rules that take it (torch's fused ones); None: 1.
+            found_inf: not 0: skip the step; None: 0.
+        """
         self._buckets.sync()
         moving = [(c, group) for c, group in self._normalized if c.weight.grad is not None]
         plain = [parameter for parameter in self._plain if parameter.grad is not None]
         try:
             for coordinates, group in moving:
-                coordinates.open(state[coordinates.weight], group["v_std"])
+                coordinates.open(state[coordinates.weight], group)
                 self._lend(coordinates, state[coordinates.weight])
             self._rest.state.update({parameter: state[parameter] for parameter in plain if state.get(parameter)})
             self._main.state.update(_named(state))
-            self._main.step()
-            if self._rest is not self._main:
-                self._rest.step()
+            for inner in {id(self._main): self._main, id(self._rest): self._rest}.values():
+                if found_inf is not None:  # torch's own protocol: attributes for the length of a step
+                    inner.grad_scale, inner.found_inf = grad_scale, found_inf  # type: ignore[attr-defined]
+                inner.step()
             self._buckets.check_untouched()
             self._take_back_rest(state, plain)
-            for coordinates, _ in moving:
+            for coordinates, group in moving:
                 self._take_back(coordinates, state[coordinates.weight])
-                coordinates.apply(state[coordinates.weight])
+                coordinates.apply(state[coordinates.weight], group)
                 coordinates.close()  # memory for the next one
         finally:
             self._clear()
 
-    def _enter(self, group: Group, as_matrix: bool) -> None:
-        for parameter in group["params"]:
-            if is_normalized(group, parameter) and parameter.dtype in WEIGHT_DTYPES:
-                coordinates = Coordinates(parameter, group_axis(group), as_matrix=as_matrix)
-                self._normalized.append((coordinates, group))
-                self._buckets.add_normalized(coordinates, group)
-            else:
-                self._plain.append(parameter)
-                self._buckets.add_plain(parameter, group)
+    def _enter(self, parameter: nn.Parameter, group: Group, as_matrix: bool) -> None:
+        if is_normalized(group, parameter) and parameter.dtype in WEIGHT_DTYPES:
+            coordinates = Coordinates(parameter, group_axis(group), as_matrix=as_matrix)
+            self._normalized.append((coordinates, group))
+            self._buckets.add_normalized(coordinates, group)
+        else:
+            self._plain.append(parameter)
+            self._buckets.add_plain(parameter, group)
 
     def _lend(self, coordinates: Coordinates, state: State) -> None:
         of_v = {name: value for name, value in state.items() if _is_of_v(name)}
@@ -114,18 +126,6 @@ class Engine:
         for coordinates, _ in self._normalized:
             coordinates.close()
 
-    def _check_gradients(self) -> None:
-        """Refuse, before anything has moved, gradients that cannot be pulled back."""
-        for weight in self._selected:
-            gradient = weight.grad
-            if gradient is not None and (gradient.layout != torch.strided or gradient.is_complex()):
-                kind = "complex" if gradient.is_complex() else "sparse"
-                raise ValueError(
-                    f"the gradient of a weight of shape {tuple(weight.shape)} is {kind}; weight normalization needs "
-                    "dense real ones. Leave the weight plain (skip= in param_groups, weight_norm=False in its group)"
-                    + (" or give its layer sparse=False" if kind == "sparse" else "")
-                )
-
 
 def _named(state: Mapping[Any, State]) -> dict[Any, State]:
     """Return what is kept under names rather than parameters: counters of some rules."""
@@ -136,8 +136,5 @@ def _is_of_v(name: str) -> bool:
     return name not in (SCALE, MASTER) and not name.startswith(LENGTH)
 
 
-def _signature(groups: list[Group]) -> list[tuple[Any, ...]]:
-    """Return what the buckets were built from."""
-    shaping = ("weight_norm", "dim", "groups", "g_lr", "decay")
-    members = [[(id(parameter), parameter.shape) for parameter in group["params"]] for group in groups]
-    return [(*found, *(group[name] for name in shaping)) for found, group in zip(members, groups, strict=True)]
+def _kinds(parameters: Sequence[Tensor]) -> list[Any]:
+    return [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters]

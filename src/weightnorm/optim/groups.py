@@ -150,6 +150,11 @@ def group_axis(group: Group) -> Axis:
     return Axis(group["dim"], group["groups"])
 
 
+def g_lr_factor(group: Group, row_length: int) -> float:
+    """Return what multiplies the learning rate of the lengths of vectors of ``row_length`` elements."""
+    return row_length**0.5 if group["g_lr"] == "sqrt" else float(group["g_lr"])
+
+
 def _options(entry: Entry) -> Group:
     options: Group = {"params": [], "weight_norm": entry.axis is not None}
     if entry.axis:

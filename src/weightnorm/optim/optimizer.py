@@ -3,15 +3,26 @@
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from weightnorm.formula import wide_dtype
+from weightnorm.optim.backends import backend_of, kernel_rule, launcher_of
 from weightnorm.optim.engine import Engine
+from weightnorm.optim.fused import Fused
 from weightnorm.optim.groups import Group, ModelOrParams, as_param_groups, is_normalized
-from weightnorm.optim.options import check_axes, check_options, check_structure, members_of, structure_of
+from weightnorm.optim.options import (
+    check_axes,
+    check_backend,
+    check_gradient,
+    check_options,
+    check_structure,
+    members_of,
+    structure_of,
+)
 from weightnorm.optim.rules import Rule, check_rule, default_options
 
 
@@ -36,9 +47,13 @@ class WeightNormOptimizer(torch.optim.Optimizer):
         g_lr: multiplies the learning rate of ``g``; 0 freezes lengths; "sqrt" means sqrt(k), k the vector's length,
             since under Adam a plain weight's norm moves by up to lr·sqrt(k) a step and ``g`` only by lr.
         decay: weight decay acts on "both" v and g, or on "g". On v it changes no output, only ``‖v‖``.
+        stochastic_rounding: keep no float32 master of bfloat16 weights, and round them up or down at random instead.
+        backend: what steps: "torch", torch's own optimizers on ``(v, g)``; "triton" or "numba", kernels that take one
+            pass over the weights, on a GPU or a CPU, for SGD, Adam, AdamW and Adamax; "auto", kernels where they fit.
 
     Raises:
-        ValueError: if an option is out of its range, or nothing among the parameters can be normalised.
+        ValueError: if an option is out of its range, nothing among the parameters can be normalised, or a backend
+            asked for by name cannot step on a weight.
 
     Source: Salimans & Kingma 2016, section 2.
     """
@@ -52,12 +67,17 @@ class WeightNormOptimizer(torch.optim.Optimizer):
         v_std: float | None = None,
         g_lr: float | str = 1.0,
         decay: str = "both",
+        stochastic_rounding: bool = False,
+        backend: str = "auto",
     ):
         check_rule(rule, g_rule)
-        defaults = default_options(rule) | {"v_std": v_std, "g_lr": g_lr, "decay": decay}
-        self._rule, self._g_rule, self._engine = rule, g_rule, None
-        super().__init__(as_param_groups(params), defaults | {"weight_norm": None, "dim": 0, "groups": 1})
-        self._engine = self._build_engine()
+        check_backend(backend)
+        own = {"v_std": v_std, "g_lr": g_lr, "decay": decay, "stochastic_rounding": stochastic_rounding}
+        self._rule, self._g_rule, self._backend, self._engines = rule, g_rule, backend, None
+        defaults = default_options(rule) | own | {"weight_norm": None, "dim": 0, "groups": 1}
+        super().__init__(as_param_groups(params), defaults)
+        self._announce_scaling()
+        self._engines = self._build_engines()
         self._say_what_is_normalized()
 
     def add_param_group(self, param_group: Group) -> None:
@@ -103,9 +123,8 @@ class WeightNormOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._engine is None or self._engine.is_stale(self.param_groups):
-            self._engine = self._build_engine()
-        self._engine.step(self.state)
+        for engine in self._fitting_engines():  # GradScaler leaves these two where fused steps are announced
+            engine.step(self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -140,14 +159,53 @@ class WeightNormOptimizer(torch.optim.Optimizer):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_rule": self._rule, "_g_rule": self._g_rule}
+        own = {name: getattr(self, name) for name in ("_rule", "_g_rule", "_backend")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._engine = None  # built for other groups or another state
+        self._announce_scaling()
+        self._engines = None  # built for other groups or another state
 
-    def _build_engine(self) -> Engine:
-        return Engine(self.param_groups, self._rule, self._g_rule, self.state)
+    def _announce_scaling(self) -> None:
+        """Tell GradScaler that a step unscales and skips by itself; only for ``fused=True``, as in torch."""
+        if self.defaults.get("fused") and self._g_rule is None:
+            self._step_supports_amp_scaling = True
+
+    def _fitting_engines(self) -> list[Engine | Fused]:
+        """Return what steps on the parameters as they, their gradients and their state are now."""
+        engines = self._engines
+        fits = engines is not None and self._built_for == _shape_of(self.param_groups)
+        if engines is None or not fits or any(engine.is_stale(self.state) for engine in engines):
+            for group, parameter in self._members():
+                check_gradient(parameter, group)
+            engines = self._engines = self._build_engines()
+            for engine in engines:
+                engine.is_stale(self.state)
+        return engines
+
+    def _build_engines(self) -> list[Engine | Fused]:
+        """Build what steps on the parameters, backend by backend."""
+        if any(isinstance(engine, Fused) and engine.is_recorded for engine in self._engines or ()):
+            raise ValueError(
+                "a CUDA graph has recorded this optimizer's step; since then weights, their state or their groups have "
+                "changed, which a replay would not see. Build a new optimizer, load this one's state_dict() into it "
+                "and record again"
+            )
+        self._built_for = _shape_of(self.param_groups)
+        found: dict[str, list[tuple[Any, int]]] = {}
+        for index, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                name = backend_of(self._backend, self._rule, self._g_rule, group, parameter)
+                found.setdefault(name, []).append((parameter, index))
+        engines: list[Engine | Fused] = []
+        for name, parameters in found.items():
+            if name == "torch":
+                engines.append(Engine(self.param_groups, parameters, self._rule, self._g_rule, self.state))
+            else:
+                rule_of = partial(kernel_rule, self._rule)
+                engines.append(Fused(self.param_groups, parameters, rule_of, launcher_of(name), self.state))
+        return engines
 
     def _undo_casts(self, saved: dict[str, Any]) -> None:
         """Put back what torch rounded to the dtype of the weights while loading."""
@@ -179,6 +237,20 @@ class WeightNormOptimizer(torch.optim.Optimizer):
                 "To train without weight normalization use torch.optim"
             )
         _tell(f"{count} of {len(members)} tensors normalised; print(weightnorm.param_groups(model)) for the list")
+
+
+def _shape_of(groups: list[Group]) -> list[Any]:
+    """Return who the groups' members are, and the options that decide how they are stepped on."""
+    options = ("weight_norm", "dim", "groups", "g_lr", "decay", "v_std", "stochastic_rounding", "foreach", "fused")
+    of_rules = ("amsgrad", "momentum")
+    return [
+        (
+            list(map(id, group["params"])),
+            [group.get(name) for name in options],
+            [bool(group.get(name)) for name in of_rules],
+        )
+        for group in groups
+    ]
 
 
 def _tell(line: str) -> None:

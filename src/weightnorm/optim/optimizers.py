@@ -10,11 +10,11 @@ from weightnorm.optim.groups import ModelOrParams
 from weightnorm.optim.optimizer import WeightNormOptimizer
 from weightnorm.optim.rules import Rule
 
-_OWN = ("v_std", "g_lr", "decay")
+_OWN = ("v_std", "g_lr", "decay", "stochastic_rounding", "backend")
 
 
 class _Named(WeightNormOptimizer):
-    """An optimizer class of torch's on ``(v, g)``: torch's signature, then ``v_std``, ``g_lr`` and ``decay``."""
+    """An optimizer class of torch's on ``(v, g)``: torch's signature, then ``WeightNormOptimizer``'s."""
 
     rule: ClassVar[type[torch.optim.Optimizer]]
 

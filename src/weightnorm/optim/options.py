@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from weightnorm.optim.backends import BACKENDS
 from weightnorm.optim.groups import Group, group_axis, is_normalized
 
 
@@ -22,6 +24,7 @@ _MAY_BE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "v_std": (lambda value: value is None or (_is_number(value) and 0 < value < math.inf), "None or a positive number"),
     "g_lr": (lambda value: value == "sqrt" or (_is_number(value) and 0 <= value < math.inf), '"sqrt" or a number >= 0'),
     "decay": (lambda value: value in ("both", "g"), '"both" or "g"'),
+    "stochastic_rounding": (lambda value: isinstance(value, bool), "True or False"),
     "weight_norm": (lambda value: value is None or isinstance(value, bool), "None, True or False"),
     "dim": (_is_dim, "an axis of the weight, a tuple of axes, or None for the whole tensor"),
     "groups": (lambda value: isinstance(value, int) and value > 0, "a number of groups"),
@@ -55,6 +58,32 @@ def check_axes(group: Group) -> None:
                     f"groups={axis.groups} does not divide axis 0 of a weight of shape {tuple(parameter.shape)}"
                 )
             axis.kept(parameter)
+            if group["stochastic_rounding"] and parameter.dtype == torch.float16:
+                raise ValueError("stochastic_rounding is for bfloat16 weights; float16 ones keep a float32 master")
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError if there is no such backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+
+
+def refusal(gradient: Tensor | None) -> str:
+    """Return what keeps a gradient from being pulled back, "sparse" or "complex"; empty where nothing does."""
+    if gradient is None:
+        return ""
+    return "sparse" if gradient.layout != torch.strided else "complex" if gradient.is_complex() else ""
+
+
+def check_gradient(weight: Tensor, group: Group) -> None:
+    """Raise ValueError for the gradient of a normalised weight that cannot be pulled back."""
+    kind = refusal(weight.grad) if is_normalized(group, weight) else ""
+    if kind:
+        raise ValueError(
+            f"the gradient of a weight of shape {tuple(weight.shape)} is {kind}; weight normalization needs "
+            "dense real ones. Leave the weight plain (skip= in param_groups, weight_norm=False in its group)"
+            + (" or give its layer sparse=False" if kind == "sparse" else "")
+        )
 
 
 def structure_of(group: Group) -> Group:

@@ -65,9 +65,9 @@ def clock(table, facts, options, moves, grads, grad_scale, found_inf, count, RUL
     option = options + tl.load(row + columns.GROUP, here, other=0) * columns.OPTIONS
     lr = tl.load(option + columns.OPTION_RATE, here, other=0.0)
     keep1 = tl.load(option + columns.OPTION_KEEP1, here, other=0.0)
-    log1 = tl.load(option + columns.OPTION_LOG_KEEP1, here, other=0.0)
+    log1 = tl.load(option + columns.OPTION_LOG_KEEP1, here, other=-1.0)
     keep2 = tl.load(option + columns.OPTION_KEEP2, here, other=0.0)
-    log2 = tl.load(option + columns.OPTION_LOG_KEEP2, here, other=0.0)
+    log2 = tl.load(option + columns.OPTION_LOG_KEEP2, here, other=-1.0)
     nesterov = tl.load(option + columns.OPTION_NESTEROV, here, other=0.0)
     if RULE == "sgd":
         rate, mix1, keep2, mix2, root = _sgd_clock(step, lr, keep1, log1, keep2, log2, nesterov)
@@ -353,13 +353,13 @@ def walk(table, grads, moves, programs, seed,
 @triton.jit
 def _total(partials, first, count, BLOCK: tl.constexpr, A: tl.constexpr):
     """Add up the two sums of a row's chunks, always in the same order."""
-    i = tl.arange(0, BLOCK)
-    one, other = tl.zeros((BLOCK,), A), tl.zeros((BLOCK,), A)
+    i = tl.arange(0, BLOCK)[None, :]
+    one, other = tl.zeros((1, BLOCK), A), tl.zeros((1, BLOCK), A)
     for start in range(0, count, BLOCK):
         place = partials + 2 * (first + start + i)
         one += tl.load(place, start + i < count, other=0.0)
         other += tl.load(place + 1, start + i < count, other=0.0)
-    return tl.sum(one, 0), tl.sum(other, 0)
+    return tl.sum(one, 1, keep_dims=True), tl.sum(other, 1, keep_dims=True)
 
 
 @triton.jit
@@ -407,7 +407,10 @@ def split_lengths(table, grads, moves, programs, before, after, seed,
                   FLOOR: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
     """Set the length of one chunk of one long row; or, ``LAST``, keep the row's own state, which all have read."""
     tensor, r, chunk, first, count, row, move = _chunk(table, moves, programs)
-    if (tl.load(move + columns.MOVE_ON) != 0.0) & ((chunk == 0) | (not LAST)):
+    runs = tl.load(move + columns.MOVE_ON)
+    if LAST:
+        runs = tl.where(chunk == 0, runs, 0.0)
+    if runs != 0.0:
         squares, product = _total(before, first, count, 128, A)
         new_squares, growth = _total(after, first, count, 128, A)
         alive, length, grad_length, turn, along, kept, scale = _pull_back(row, move, r, squares, product, A, FLOOR)

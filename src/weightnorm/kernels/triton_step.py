@@ -48,12 +48,6 @@ class Shape:
     rows: int
     block: int
 
-    @property
-    def warps(self) -> int:
-        """Return how many warps share a tile."""
-        warps = _WARPS[max(self.rows * self.block, _SHARED)]
-        return warps // 2 if torch.version.hip else warps  # AMD's are twice as wide
-
     def constants(self, kernel: Any) -> dict[str, Any]:
         """Return what the kernel is compiled for."""
         wide = wide_dtype(self.weight)
@@ -77,6 +71,13 @@ class Shape:
         return {name: value for name, value in values.items() if name in kernel.arg_names}
 
 
+def warps_of(shape: Shape, is_amd: bool = torch.version.hip is not None) -> int:
+    """Return how many warps share a tile."""
+    words = shape.rows * shape.block * wide_dtype(shape.weight).itemsize // 4
+    warps = _WARPS[max(words, _SHARED)]
+    return warps // 2 if is_amd else warps  # which are twice as wide there
+
+
 def shape_of(member: Member) -> Shape:
     """Choose the kernel and the tile for a tensor's rows."""
     at, weight = member.layout, member.weight
@@ -86,7 +87,7 @@ def shape_of(member: Member) -> Shape:
     path, block = "tiles", max(triton.next_power_of_2(at.length), 4)
     rows = _ACROSS if across else max(1, _SHARED // block)
     if rows * block > most:
-        path, block = "walk", most // rows
+        path, block = "walk", (most // 4 if strided else most) // rows  # addresses of elements take registers too
         if at.length > _WALKED or at.rows < _FEW:
             path, rows, block = "split", 1, most
     return Shape(
@@ -151,7 +152,7 @@ class TritonStep:
         self._rule = members[0].rule
         self._count = len(members)
         self._seeds = any(shape.stochastic for shape in groups)
-        self._no_seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self._no_seed = torch.zeros(2, dtype=torch.int64, device=device)
         self._launches = [self._launch(shape, indices, members) for shape, indices in groups.items()]
 
     def __call__(self, tables: Tables, grads: Tensor, options: Tensor, grad_scale: Tensor, found_inf: Tensor) -> None:
@@ -162,7 +163,7 @@ class TritonStep:
                 RULE=self._rule, BLOCK=_CLOCK,
             )  # fmt: skip
             # From torch's generator of the device, which CUDA graphs know: every replay draws anew.
-            seed = torch.randint(2**31, (1,), device=self._device) if self._seeds else self._no_seed
+            seed = torch.randint(2**31, (2,), device=self._device) if self._seeds else self._no_seed
             for launch in self._launches:
                 launch(tables, grads, seed)
 
@@ -179,7 +180,7 @@ class TritonStep:
 
         def launch(tables: Tables, grads: Tensor, seed: Tensor) -> None:
             kernel[(len(programs),)](
-                tables.addresses, grads, tables.moves, programs, seed, **constants, num_warps=shape.warps
+                tables.addresses, grads, tables.moves, programs, seed, **constants, num_warps=warps_of(shape)
             )
 
         return launch
@@ -198,7 +199,7 @@ class TritonStep:
         programs = torch.tensor(rows, dtype=torch.int32).to(self._device)
         before, after = torch.zeros(2, len(rows), 2, dtype=wide_dtype(shape.weight), device=self._device)
         kernels = triton_kernels.split_sums, triton_kernels.split_steps, triton_kernels.split_lengths
-        sums, steps, lengths = (shape.constants(kernel) | {"num_warps": shape.warps} for kernel in kernels)
+        sums, steps, lengths = (shape.constants(kernel) | {"num_warps": warps_of(shape)} for kernel in kernels)
 
         def launch(tables: Tables, grads: Tensor, seed: Tensor) -> None:
             given = tables.addresses, grads, tables.moves, programs, before

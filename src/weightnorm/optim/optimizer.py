@@ -134,8 +134,10 @@ class WeightNormOptimizer(torch.optim.Optimizer):
             state_dict: the state of an optimizer built for the same groups.
 
         Raises:
-            ValueError: if the groups differ in number or size, or are normalised along other axes.
+            ValueError: if the groups differ in number or size, or are normalised along other axes, or a CUDA graph has
+                recorded a step of this optimizer.
         """
+        self._check_not_recorded()
         structure = [structure_of(group) for group in self.param_groups]
         handed: dict[str, Any] = {}
 
@@ -186,12 +188,7 @@ class WeightNormOptimizer(torch.optim.Optimizer):
 
     def _build_engines(self) -> list[Engine | Fused]:
         """Build what steps on the parameters, backend by backend."""
-        if any(isinstance(engine, Fused) and engine.is_recorded for engine in self._engines or ()):
-            raise ValueError(
-                "a CUDA graph has recorded this optimizer's step; since then weights, their state or their groups have "
-                "changed, which a replay would not see. Build a new optimizer, load this one's state_dict() into it "
-                "and record again"
-            )
+        self._check_not_recorded()
         self._built_for = _shape_of(self.param_groups)
         found: dict[str, list[tuple[Any, int]]] = {}
         for index, group in enumerate(self.param_groups):
@@ -206,6 +203,15 @@ class WeightNormOptimizer(torch.optim.Optimizer):
                 rule_of = partial(kernel_rule, self._rule)
                 engines.append(Fused(self.param_groups, parameters, rule_of, launcher_of(name), self.state))
         return engines
+
+    def _check_not_recorded(self) -> None:
+        """Raise ValueError if a CUDA graph knows where weights and state are, since they are about to be others."""
+        if any(isinstance(engine, Fused) and engine.is_recorded for engine in self._engines or ()):
+            raise ValueError(
+                "a CUDA graph has recorded this optimizer's step, and a replay would not see that weights, their state "
+                "or their groups have changed since. Build a new optimizer, load the state_dict() into it and record "
+                "again"
+            )
 
     def _undo_casts(self, saved: dict[str, Any]) -> None:
         """Put back what torch rounded to the dtype of the weights while loading."""

@@ -1,0 +1,32 @@
+"""Every kernel compiles to machine code for the GPUs in use, stays in registers, and loads 16 bytes at a time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TARGETS = [("cuda", "80"), ("cuda", "90"), ("cuda", "100"), ("hip", "gfx942")]
+IN_REGISTERS = "tiles of"  # the buckets of whole rows, in every rule: nothing may go through local memory
+NOT_ALIGNED = ("unaligned", "strided", "across", "walk across", "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "architecture"), TARGETS)
+def test_every_kernel_compiles_without_spills_and_with_wide_loads(backend, architecture):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run(
+        [sys.executable, program, backend, architecture],
+        env=environment | {"TRITON_DEFAULT_FP_FUSION": "1"}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results) >= 30
+    for name, found in results.items():
+        if IN_REGISTERS in name:
+            assert found["spills"] == 0, name
+        if not name.startswith(NOT_ALIGNED) and not name.endswith(("clock", "split_lengths")):
+            assert found["wide loads"] > 0, name

@@ -5,6 +5,7 @@ Run by ``test_kernel_compile.py`` in a process of its own, not under Triton's in
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -34,7 +35,7 @@ POINTERS |= {"seed": "*i64", "grad_scale": "*fp32", "found_inf": "*fp32", "count
 
 def shapes():
     """Return the shapes to compile, by name: each tile in use, and each thing that changes a kernel's code."""
-    of_rows = {4: 128, 16: 32, 128: 4, 256: 2, 512: 1, 1024: 1, 2048: 1, 4096: 1, 8192: 1}
+    of_rows = {4: 128, 16: 32, 128: 4, 256: 2, 512: 1, 1024: 1, 2048: 1, 4096: 1}
     found = {f"tiles of {block}": dataclasses.replace(ADAM, rows=rows, block=block) for block, rows in of_rows.items()}
     for name, changes in {
         "sgd": dict(rule="sgd"),
@@ -52,18 +53,22 @@ def shapes():
         "across": dict(strided=True, across=True, vector=1, rows=8, block=128),
         "walk": dict(path="walk", block=8192),
         "walk across": dict(path="walk", strided=True, across=True, vector=1, rows=8, block=256),
+        "walk bfloat16": dict(path="walk", block=8192, weight=BF16, gradient=BF16, master=True, vector=8),
         "split": dict(path="split", block=8192),
+        "split amsgrad": dict(path="split", block=8192, rule="amsgrad"),
+        "split bfloat16": dict(path="split", block=8192, weight=BF16, gradient=BF16, stochastic=True, vector=8),
+        "split float64": dict(path="split", block=4096, weight=F64, gradient=F64, state=F64, vector=2),
     }.items():
         found[name] = dataclasses.replace(ADAM, **changes)
-    found["sgd, tiles of 8192"] = dataclasses.replace(ADAM, rule="sgd", block=8192)
-    found["adamax, tiles of 8192"] = dataclasses.replace(ADAM, rule="adamax", block=8192)
+    found["sgd, tiles of 4096"] = dataclasses.replace(ADAM, rule="sgd", block=4096)
+    found["adamax, tiles of 4096"] = dataclasses.replace(ADAM, rule="adamax", block=4096)
     return found
 
 
 def compiled(kernel, constants, warps, target):
     """Return a kernel compiled for these constants."""
-    wide = {"before": "*fp32", "after": "*fp32"} if constants.get("A") != triton.language.float64 else {}
-    names = POINTERS | wide
+    sums = "*fp64" if constants.get("A") == triton.language.float64 else "*fp32"
+    names = POINTERS | {"before": sums, "after": sums}
     signature = {name: "constexpr" if name in constants else names[name] for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)
@@ -71,19 +76,32 @@ def compiled(kernel, constants, warps, target):
 
 
 def report(binary, target):
-    """Return what a compiled kernel uses: spilled bytes or registers, and how many loads move 16 bytes."""
+    """Return what a kernel uses: what it spills, its loads of 16 bytes, and whether a barrier guards the state of g."""
     if target.backend == "hip":
         assembly = binary.asm["amdgcn"]
         spills = sum(map(int, re.findall(r"\.[vs]gpr_spill_count: +(\d+)", assembly)))
         return {"spills": spills, "wide loads": len(re.findall(r"(?:global|buffer|flat)_load_dwordx4", assembly))}
+    ptx = binary.asm["ptx"]
+    return {
+        "spills": sum(map(int, re.findall(r"(\d+) bytes spill", usage_of(ptx)))),
+        "wide loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
+        "guarded": ptx.find("bar.sync", 0, ptx.find("st.global")) > 0 and ptx.rfind("bar.sync") > ptx.rfind("sqrt"),
+    }
+
+
+def usage_of(ptx):
+    """Return the assembler's account of the registers and the memory that a kernel takes."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
+    architecture = re.search(r"\.target (\w+)", ptx).group(1)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
         file.flush()
-        command = [tools / "cuobjdump", "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    spills = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
-    return {"spills": spills, "wide loads": len(re.findall(r"ld\.global\S*\.v4\.b32", binary.asm["ptx"]))}
+        for assembler in ("ptxas", "ptxas-blackwell"):  # each knows targets that the other does not
+            command = [tools / assembler, "-v", f"--gpu-name={architecture}", file.name, "-o", os.devnull]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                return done.stderr
+    raise RuntimeError(done.stderr)
 
 
 def main(backend, architecture):
@@ -96,9 +114,9 @@ def main(backend, architecture):
         warps = triton_step.warps_of(shape, is_amd=backend == "hip")
         kernels = ["split_sums", "split_steps", "split_lengths"] if shape.path == "split" else [shape.path]
         for kernel in (getattr(triton_kernels, kernel) for kernel in kernels):
-            more = {"LAST": False} if "LAST" in kernel.arg_names else {}
-            binary = compiled(kernel, shape.constants(kernel) | more, warps, target)
-            results[f"{name}: {kernel.__name__}"] = report(binary, target)
+            for more in [{"LAST": False}, {"LAST": True}] if "LAST" in kernel.arg_names else [{}]:
+                binary = compiled(kernel, shape.constants(kernel) | more, warps, target)
+                results[" ".join([f"{name}: {kernel.__name__}", *map(str, more.values())])] = report(binary, target)
     for rule in ("sgd", "adam"):
         constants = {"RULE": rule, "BLOCK": 128}
         results[f"{rule}: clock"] = report(compiled(triton_kernels.clock, constants, 4, target), target)

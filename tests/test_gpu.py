@@ -1,4 +1,4 @@
-"""On a real GPU: the kernels beside the torch path, recorded in CUDA graphs, under a loss scaler. Skipped without one."""
+"""On a real GPU: the kernels beside the torch path, in CUDA graphs, under a loss scaler. Skipped without one."""
 
 import copy
 from functools import partial

@@ -243,6 +243,31 @@ def test_the_first_step_is_not_recorded(recording):
         optimizer.step()
 
 
+def test_a_misaligned_gradient_is_refused_as_often_as_it_comes(recording):
+    params, optimizer, _ = warm()
+    with recording():
+        optimizer.step()
+    params[1].grad = torch.randn(4 * 12 + 1)[1:].view(4, 12)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="CUDA graph has recorded"):
+            optimizer.step()
+
+
+def test_a_learning_rate_of_zero_after_one_on_the_device_is_zero(monkeypatch):
+    monkeypatch.setattr(tables, "is_on_device", lambda lr: isinstance(lr, torch.Tensor))
+    monkeypatch.setattr(step, "is_on_device", lambda lr: isinstance(lr, torch.Tensor))
+    params = parameters()
+    optimizer = wn.SGD(params, lr=torch.tensor([0.1]), backend="numba")
+    new_gradients(params)
+    before = params[0].detach().clone()
+    optimizer.step()
+    assert not torch.equal(params[0], before)
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = params[0].detach().clone()
+    optimizer.step()
+    assert torch.equal(params[0], before)
+
+
 def test_recording_more_graphs_than_there_are_spare_tables_is_refused(recording):
     params, optimizer, _ = warm()
     with recording():

@@ -1,6 +1,9 @@
 """The fused kernels step as the torch path does: Triton's in its interpreter, numba's as they are."""
 
 import copy
+import subprocess
+import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -60,12 +63,23 @@ def zoo(dtype=torch.float32):
         "empty": tensor(0, 5, dtype=dtype),
     }
     groups["transposed view"] = {"params": [nn.Parameter(torch.randn(7, 5, dtype=dtype).t())]}
+    groups["gradient with gaps"] = tensor(10, 6, dtype=dtype, grad_layout="gaps")
+    groups["expanded gradient"] = tensor(4, 6, dtype=dtype, grad_layout="expanded")
     groups["matrix"]["params"][0].data[1] = 0  # a vector without direction
     groups["plain, mixed"]["grad_layout"] = torch.contiguous_format
     return groups
 
 
-def steps(groups, rule, backend, count=4, **more):
+def laid_out(gradient, layout):
+    """Return a gradient in a layout, by name or by torch's own."""
+    if layout == "gaps":
+        return torch.cat([gradient, gradient[:, :2]], dim=1)[:, : gradient.shape[1]]
+    if layout == "expanded":
+        return gradient[:1].expand_as(gradient)
+    return gradient if layout == torch.preserve_format else gradient.contiguous(memory_format=layout)
+
+
+def steps(groups, rule, backend, count=3, **more):
     """Return copies of the groups' tensors after some steps, and their optimizer."""
     make, options = RULES[rule]
     groups = copy.deepcopy(groups)
@@ -76,7 +90,7 @@ def steps(groups, rule, backend, count=4, **more):
         for group, layout in zip(groups.values(), layouts, strict=True):
             for p in group["params"]:
                 gradient = torch.randn(p.shape, generator=generator).to(p.dtype)
-                p.grad = gradient.contiguous(memory_format=layout) if layout != torch.preserve_format else gradient
+                p.grad = laid_out(gradient, layout)
         optimizer.step()
     return [group["params"][0] for group in groups.values()], optimizer
 
@@ -109,7 +123,9 @@ def test_every_layout_steps_as_on_the_torch_path(rule, dtype, backend):
 @pytest.mark.parametrize("rule", ["sgd", "adam", "adamax"])
 @pytest.mark.parametrize(("walked", "few"), [(1 << 20, 0), (64, 0), (64, 100)], ids=["walk", "walk and split", "split"])
 def test_long_rows_step_as_on_the_torch_path(rule, walked, few, monkeypatch):
-    small = dict(_ON_CHIP=32, _SHARED=8, _ACROSS=2, _WALKED=walked, _FEW=few, _WARPS=dict.fromkeys(range(64), 4))
+    small = dict(
+        _ON_CHIP=32, _STRIDE=32, _SHARED=8, _ACROSS=2, _WALKED=walked, _FEW=few, _WARPS=dict.fromkeys(range(64), 4)
+    )
     for name, value in small.items():
         monkeypatch.setattr(triton_step, name, value)
     groups = {name: group for name, group in zoo().items() if name not in ("plain", "bias")}
@@ -218,15 +234,89 @@ def test_nothing_outside_a_tensor_is_written(backend):
         assert room[32:-32].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter, about what is not chosen
+@pytest.mark.parametrize("backend", ["torch", "triton", "numba"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_row_and_in_a_plain_parameter_in_its_element(bad, rule, backend):
+    make, options = RULES[rule]
+    weight, bias, masked = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(1500)), nn.Parameter(torch.ones(3))
+    masked.data[1] = -torch.inf
+    optimizer = make([weight, bias, masked], backend=backend, **options | {"weight_decay": 0.0})
+    for _ in range(2):
+        weight.grad, bias.grad, masked.grad = torch.randn(4, 6), torch.randn(1500), torch.zeros(3)
+        weight.grad[2, 3] = bias.grad[700] = bad
+        optimizer.step()
+    assert weight.isfinite().all(dim=1).tolist() == [True, True, False, True]
+    assert bias.isfinite().logical_not().nonzero().flatten().tolist() in ([700], [])  # Adamax bears infinity
+    assert masked.tolist() == [1.0, -torch.inf, 1.0]
+    assert optimizer.state[bias].get("exp_inf", torch.tensor(bad)).isfinite().all().item() is False or bad != bad
+
+
 @pytest.mark.parametrize("backend", ["triton", "numba"])
-def test_nan_stays_in_its_row(backend):
-    weight, bias = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6))
-    optimizer = wn.AdamW([weight, bias], backend=backend)
-    weight.grad, bias.grad = torch.randn(4, 6), torch.randn(6)
-    weight.grad[2, 3] = torch.nan
+def test_autograd_sees_that_a_step_changed_its_weights(backend):
+    weight = nn.Parameter(torch.randn(4, 6))
+    loss = (weight * torch.ones(4, 6, requires_grad=True)).sum()
+    loss.backward(retain_graph=True)
+    wn.SGD([weight], lr=0.1, backend=backend).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", ["triton", "numba"])
+def test_gradients_are_let_go_after_a_step(backend):
+    weight = nn.Parameter(torch.randn(4, 6))
+    weight.grad = torch.ones_like(weight)
+    optimizer = wn.SGD([weight], lr=0.1, backend=backend)
     optimizer.step()
-    assert weight.isnan().any(dim=1).tolist() == [False, False, True, False]
-    assert bias.isfinite().all()
+    known = weakref.ref(weight.grad)
+    optimizer.zero_grad()
+    assert known() is None
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "numba"])
+def test_a_momentum_restarted_takes_a_first_step_again(backend):
+    def restarted(backend):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(4, 6))
+        optimizer = wn.SGD([weight], lr=0.1, momentum=0.9, dampening=0.5, backend=backend)
+        for step in range(4):
+            weight.grad = torch.randn(4, 6)
+            if step == 2:
+                for name in ("momentum_buffer", "g.momentum_buffer"):
+                    optimizer.state[weight].pop(name)
+            optimizer.step()
+        return weight
+
+    torch.testing.assert_close(restarted(backend), restarted("torch"))
+
+
+def test_state_made_in_the_constructor_can_be_copied():
+    weight = nn.Parameter(torch.randn(4, 6, dtype=torch.bfloat16))
+    weight.grad = torch.ones_like(weight)
+    optimizer = wn.SGD([weight], lr=0.1, backend="triton")
+    assert not optimizer.state[weight]["master"].requires_grad
+    copy.deepcopy(optimizer).step()
+
+
+@pytest.mark.slow
+def test_a_forked_child_goes_on_without_its_parents_threads():
+    program = """
+import os, torch, weightnorm as wn
+def stepped(weight):
+    optimizer = wn.AdamW([weight], backend="numba")
+    weight.grad = torch.ones_like(weight).cumsum(1)
+    optimizer.step()
+    return weight.detach()
+torch.manual_seed(0)
+first = torch.randn(64, 40)
+expected = stepped(torch.nn.Parameter(first.clone()))
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(stepped(torch.nn.Parameter(first.clone())), expected) else 3)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=200)
 
 
 @pytest.mark.parametrize("backend", ["triton", "numba"])

@@ -4,7 +4,7 @@ The rules are torch's SGD, Adam, AdamW and Adamax; the rest is ``formula.pull_ba
 ``lib`` is NumPy here, and for numba; for Triton ``bound_to`` makes it ``triton.language``, which has the same names.
 
 A row is one weight vector: ``squares = Σw²``, ``product = Σ w ∂w``. A plain parameter is a row that has no direction.
-In a function of elements no literal appears: numba would compute in float64.
+In functions of elements literals only stand beside what is the same for all: numba would compute in float64.
 """
 
 from types import FunctionType, ModuleType
@@ -25,7 +25,7 @@ def open_row(squares, product, stored, v_length, single, normalized, floor):
     alive = (squares > floor * floor) & normalized
     length = lib.sqrt(lib.where(alive, squares, 1.0))
     inverse = lib.where(alive, 1.0 / length, 0.0)
-    grad_length = product * inverse
+    grad_length = lib.where(alive, product * inverse, 0.0)
     turn = lib.where(alive & single, 0.0, 1.0)  # a row of one element is all length
     along = turn * grad_length * inverse
     fresh = lib.where(v_length > 0.0, lib.where(alive, length, 0.0) / lib.where(v_length > 0.0, v_length, 1.0), 1.0)
@@ -34,11 +34,21 @@ def open_row(squares, product, stored, v_length, single, normalized, floor):
     return alive, length, grad_length, turn, along, kept, scale
 
 
-def close_row(alive, length, sign, step_g, new_squares, growth_sum, floor, eps):
+def pull_back(grad, w, scale, turn, along):
+    """Return ``∂v`` of an element; where there is no direction, ``along = 0``, infinity may stand beside it."""
+    return scale * lib.where(along == 0.0, turn * grad, turn * grad - along * w)
+
+
+def settle(w, t, small, excess, factor):
+    """Return where an element ends whose row has moved by ``t`` and gets its length; a NaN beside it is no matter."""
+    moved = w + t
+    return lib.where(small, w + lib.where(excess == 0.0, t, t + excess * moved), factor * moved)
+
+
+def close_row(alive, length, step_length, new_squares, growth_sum, floor, eps):
     """Return how a row goes on from ``w + t``: whether in small steps, by which excess, else by which factor."""
     directed = alive & (new_squares > floor * floor)
     new_length = lib.sqrt(lib.where(directed, new_squares, 1.0))
-    step_length = sign * step_g
     excess = lib.where(directed, (step_length - growth_sum / (new_length + length)) / new_length, 0.0)
     factor = (length + step_length) / new_length
     factor = lib.where(lib.abs(factor) < eps, lib.where(factor < 0.0, -eps, eps), factor)
@@ -47,33 +57,36 @@ def close_row(alive, length, sign, step_g, new_squares, growth_sum, floor, eps):
 
 def sgd(x, grad, first, second, third, rate, coupled, decoupled, mix1, keep2, mix2, root, eps):
     """Return torch.optim.SGD's step and state: ``first`` is the momentum buffer, ``keep2`` the momentum."""
-    grad = grad + coupled * x
+    grad = lib.where(coupled == 0.0, grad, grad + coupled * x)
     first = first * keep2 + grad * mix1
     return -(rate * (grad * mix2 + first * root)), first, second, third
 
 
 def adam(x, grad, first, second, third, rate, coupled, decoupled, mix1, keep2, mix2, root, eps):
     """Return torch.optim.Adam's and AdamW's step and moments."""
-    grad = grad + coupled * x
+    grad = lib.where(coupled == 0.0, grad, grad + coupled * x)
     first = first + (grad - first) * mix1
     second = second * keep2 + grad * grad * mix2
-    return -(decoupled * x + rate * first / (lib.sqrt(second) * root + eps)), first, second, third
+    step = rate * first / (lib.sqrt(second) * root + eps)
+    return -lib.where(decoupled == 0.0, step, decoupled * x + step), first, second, third
 
 
 def amsgrad(x, grad, first, second, third, rate, coupled, decoupled, mix1, keep2, mix2, root, eps):
     """Return Adam's step and moments with the largest second moment so far below the line."""
-    grad = grad + coupled * x
+    grad = lib.where(coupled == 0.0, grad, grad + coupled * x)
     first = first + (grad - first) * mix1
     second = second * keep2 + grad * grad * mix2
-    third = lib.maximum(third, second)
-    return -(decoupled * x + rate * first / (lib.sqrt(third) * root + eps)), first, second, third
+    third = lib.where(third < second, second, lib.where(second != second, second, third))  # a NaN stays one
+    step = rate * first / (lib.sqrt(third) * root + eps)
+    return -lib.where(decoupled == 0.0, step, decoupled * x + step), first, second, third
 
 
 def adamax(x, grad, first, second, third, rate, coupled, decoupled, mix1, keep2, mix2, root, eps):
     """Return torch.optim.Adamax's step and state: ``second`` is the infinity norm."""
-    grad = grad + coupled * x
+    grad = lib.where(coupled == 0.0, grad, grad + coupled * x)
     first = first + (grad - first) * mix1
-    second = lib.maximum(second * keep2, lib.abs(grad) + eps)
+    second, new = second * keep2, lib.abs(grad) + eps
+    second = lib.where(second < new, new, lib.where(new != new, new, second))  # a NaN stays one
     return -(rate * first / second), first, second, third
 
 

@@ -17,7 +17,6 @@ from weightnorm.formula import length_floor
 from weightnorm.kernels import arithmetic, columns, scalars
 
 _PIECE = 1024  # elements summed in their own dtype before float64 takes over
-_WORK = 1 << 16  # elements of a program: enough to pay for its scratch, few enough to spread over cores
 _exact: Any = njit(error_model="numpy", fastmath={"contract"})
 _sums: Any = njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})  # in any order, or none is vectorised
 _inline: Any = njit(error_model="numpy", fastmath={"contract"}, forceinline=True)
@@ -26,6 +25,8 @@ _open_row, _close_row, _sgd_clock, _adam_clock = (
     _exact(arithmetic.bound_to(function, scalars))
     for function in (arithmetic.open_row, arithmetic.close_row, arithmetic.sgd_clock, arithmetic.adam_clock)
 )
+_pull_back = _inline(arithmetic.bound_to(arithmetic.pull_back, scalars))
+_settle = _inline(arithmetic.bound_to(arithmetic.settle, scalars))
 _RULES = {
     name: _inline(arithmetic.bound_to(getattr(arithmetic, name), scalars))
     for name in ("sgd", "adam", "amsgrad", "adamax")
@@ -92,7 +93,7 @@ def clock(table, facts, options, moves, grads, grad_scale, found_inf, is_sgd):
 
 
 @lru_cache
-def rows_kernel(rule: str, keeps_first: bool, contiguous: bool, dtype: torch.dtype) -> Any:
+def rows_kernel(rule: str, keeps_first: bool, contiguous: bool, dtype: torch.dtype, parallel: bool) -> Any:
     """Compile what steps the rows of tensors that have these things in common.
 
     Args:
@@ -100,6 +101,7 @@ def rows_kernel(rule: str, keeps_first: bool, contiguous: bool, dtype: torch.dty
         keeps_first: whether the rule keeps its first array; all but SGD without momentum do.
         contiguous: whether rows lie one after the other.
         dtype: of the weight, its gradient and its state.
+        parallel: whether threads share the work.
 
     Returns:
         A function of the table, the moves, the gradients' addresses and the programs (tensor, first row, row after).
@@ -128,7 +130,7 @@ def rows_kernel(rule: str, keeps_first: bool, contiguous: bool, dtype: torch.dty
             a = first[j] if keeps_first else zero
             b = second[j] if keeps_second else zero
             c = third[j] if keeps_third else zero
-            v, dv = w[j] * inverse, scale * (turn * dw[j] - along * w[j])
+            v, dv = w[j] * inverse, _pull_back(dw[j], w[j], scale, turn, along)
             step, a, b, c = step_of(v, dv, a, b, c, rate, coupled, decoupled, mix1, keep2, mix2, root, eps_)
             if keeps_first:
                 first[j] = a
@@ -188,17 +190,11 @@ def rows_kernel(rule: str, keeps_first: bool, contiguous: bool, dtype: torch.dty
         if normalized:
             sign = -1.0 if scale < 0.0 else 1.0
             step_g = step_length(table, tensor, r, move, sign * length if alive else 0.0, sign * grad_length)
-            small, excess, factor = _close_row(alive, length, sign, step_g, new_squares, growth, floor, eps)
-            if kept != 0.0:
-                kept = scale + scale * excess if small else factor * scale
-            scales[r] = kept
+            small, excess, factor = _close_row(alive, length, sign * step_g, new_squares, growth, floor, eps)
+            scales[r] = kept + kept * excess if small else factor * kept  # one that is not set yet, 0, stays so
         excess_, factor_ = kind(excess), kind(factor)
-        if small:
-            for j in range(len(w)):
-                w[j] += t[j] + excess_ * (w[j] + t[j])
-        else:
-            for j in range(len(w)):
-                w[j] = factor_ * (w[j] + t[j])
+        for j in range(len(w)):
+            w[j] = _settle(w[j], t[j], small, excess_, factor_)
 
     @_exact
     def step_contiguous(table, move, grads, tensor, start, stop):
@@ -274,7 +270,7 @@ def rows_kernel(rule: str, keeps_first: bool, contiguous: bool, dtype: torch.dty
 
     step_some = step_contiguous if contiguous else step_strided
 
-    @_parallel
+    @(_parallel if parallel else _exact)
     def step_rows(table, moves, grads, programs):
         for program in prange(len(programs)):
             tensor, start, stop = programs[program]

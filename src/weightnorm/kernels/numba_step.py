@@ -1,5 +1,7 @@
 """Which rows a call of the numba kernels takes: every tensor of a model in a call or two, cut into pieces of work."""
 
+import os
+
 import numba
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from weightnorm.kernels import columns
 from weightnorm.kernels.numba_kernels import clock, rows_kernel
 from weightnorm.kernels.tables import Member, Tables
 
+_HOME = os.getpid()
 _WORK = 1 << 16  # elements of a program: enough to pay for its scratch, few enough to spread over cores
 
 
@@ -29,16 +32,18 @@ class NumbaStep:
             programs = [[index, start, min(start + stride, at.rows)] for start in range(0, at.rows, stride)]
             groups.setdefault(key, []).extend(programs)
         self._is_sgd = members[0].rule == "sgd"
-        self._calls = [(rows_kernel(*key), np.array(programs)) for key, programs in groups.items()]
+        self._work = [(key, np.array(programs)) for key, programs in groups.items()]
 
     def __call__(self, tables: Tables, grads: Tensor, options: Tensor, grad_scale: Tensor, found_inf: Tensor) -> None:
         """Step every tensor whose address in ``grads`` is not 0."""
-        _share_threads()
+        parallel = os.getpid() == _HOME  # numba's threads do not live on in a forked child, and would end it
+        if parallel:
+            _share_threads()
         table, facts, moves = tables.addresses.numpy(), tables.facts.numpy(), tables.moves.numpy()
         scaling = float(grad_scale), float(found_inf)
         clock(table, facts, options.numpy(), moves, grads.numpy(), *scaling, self._is_sgd)
-        for kernel, programs in self._calls:
-            kernel(table, moves, grads.numpy(), programs)
+        for key, programs in self._work:
+            rows_kernel(*key, parallel)(table, moves, grads.numpy(), programs)
 
 
 def _share_threads() -> None:

@@ -4,7 +4,7 @@ from math import exp, sqrt
 
 from numba import njit
 
-__all__ = ["abs", "exp", "maximum", "sqrt", "where"]
+__all__ = ["abs", "exp", "sqrt", "where"]
 
 abs = abs
 
@@ -13,9 +13,3 @@ abs = abs
 def where(condition, one, other):
     """Return one value or the other."""
     return one if condition else other
-
-
-@njit(inline="always")
-def maximum(a, b):
-    """Return the larger; a NaN stays one, as in torch."""
-    return a if a >= b or a != a else b

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from weightnorm.kernels import columns
-from weightnorm.kernels.tables import Member, Tables, Upload, is_recording, option_row
+from weightnorm.kernels.tables import Member, Tables, Upload, is_on_device, is_recording, option_row
 
 Launcher = Callable[[Tables, Tensor, Tensor, Tensor, Tensor], None]
 MakeLauncher = Callable[[list[Member], torch.device], Launcher]
@@ -60,9 +61,11 @@ class FusedStep:
         at = [0 if g is None else g.data_ptr() for g in gradients]
         if at == self._grads_at:
             return True
-        self._grads_at = at
         aligned = [member.grad_aligned and member.copied is None for member in self._members]
-        return not any(address % 16 for address, is_aligned in zip(at, aligned, strict=True) if is_aligned)
+        if any(address % 16 for address, is_aligned in zip(at, aligned, strict=True) if is_aligned):
+            return False
+        self._grads_at = at
+        return True
 
     def run(
         self,
@@ -87,6 +90,8 @@ class FusedStep:
             self._unscaled if grad_scale is None else grad_scale.to(self._device),
             self._all_finite if found_inf is None else found_inf.to(self._device),
         )
+        # Autograd tells by this that a graph from before the step would give wrong gradients.
+        increment_version([member.weight for member, g in zip(self._members, gradients, strict=True) if g is not None])
 
     def _described(self, gradients: Sequence[Tensor | None]) -> list[int]:
         """Return where the gradients are, those in layouts that no table can describe after copying them."""
@@ -100,8 +105,8 @@ class FusedStep:
     def _options_now(self, groups: Sequence[dict[str, Any]]) -> Tensor:
         options = self._options([option_row(self._members[0].rule, group) for group in groups])
         for index, group in enumerate(groups):
-            if isinstance(group["lr"], Tensor):
-                options[index, columns.OPTION_RATE].copy_(group["lr"])
+            if is_on_device(group["lr"]):
+                options[index, columns.OPTION_RATE].copy_(group["lr"].reshape(()))
         return options
 
 

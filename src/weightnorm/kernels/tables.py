@@ -9,9 +9,9 @@ from torch import Tensor
 
 from weightnorm.axes import Axis
 from weightnorm.kernels import columns
-from weightnorm.kernels.layout import Layout, rows_of
+from weightnorm.kernels.layout import Layout, is_dense, rows_of
 
-_SPARES = 4  # pinned buffers kept ready: CUDA graphs that may be recorded between two eager steps
+_SPARES = 16  # pinned buffers kept ready: CUDA graphs that may be recorded between two eager steps
 _RULE_OPTIONS = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "eps": 0.0, "weight_decay": 0.0}
 
 
@@ -51,7 +51,7 @@ class Member:
         """Find the rows of the weight and of a gradient with these strides."""
         self.grad_dtype = gradient.dtype
         self.grad_aligned = gradient.data_ptr() % 16 == 0
-        layout, self.copied = rows_of(self.weight, gradient, self.axis), None
+        layout, self.copied = rows_of(self.weight, gradient, self.axis) if is_dense(gradient) else None, None
         if layout is None:
             self.copied = torch.empty_like(self.weight, dtype=gradient.dtype)
             self.grad_aligned = True
@@ -90,17 +90,22 @@ class Tables:
 
 
 def option_row(rule: str, group: dict[str, Any]) -> list[float]:
-    """Return a param group's row of the table of options; a learning rate that is a tensor is filled in later."""
+    """Return a param group's row of the table of options; a learning rate on a device is filled in there, unread."""
     at = _RULE_OPTIONS | group
     if rule == "sgd":
         keep1, keep2 = (at["dampening"] if at["momentum"] else 0.0), at["momentum"]
     else:
         keep1, keep2 = at["betas"]
-    lr = 0.0 if isinstance(at["lr"], Tensor) else at["lr"]
+    lr = math.nan if is_on_device(at["lr"]) else at["lr"]  # equal to itself in lists, and to no number
     # torch's AdamW *is* its Adam with this option, and a group may set it.
     decoupled = at["weight_decay"] if at.get("decoupled_weight_decay") else 0.0
     row = [lr, keep1, _log(keep1), keep2, _log(keep2), at["nesterov"], at["eps"], at["weight_decay"] - decoupled]
     return [*map(float, row), float(decoupled), -1.0 if at.get("maximize") else 1.0]
+
+
+def is_on_device(lr: Any) -> bool:
+    """Say whether a learning rate is a tensor that the host would have to wait for."""
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"
 
 
 def _log(x: float) -> float:
@@ -132,7 +137,7 @@ class Upload:
             return self._record(rows)
         if rows != self._rows:
             self._rows, self._table = rows, self._send(torch.tensor(rows, dtype=self._dtype))
-        if recording:
+        if recording and not any(kept is self._table for kept in self._recorded):
             self._recorded.append(self._table)
         return self._table
 
@@ -146,7 +151,7 @@ class Upload:
     def _record(self, rows: list[Any]) -> Tensor:
         if not self._spare:
             raise ValueError(
-                f"more than {_SPARES} CUDA graphs were recorded in a row, or the very first step was; "
+                f"more than {_SPARES} steps were recorded in CUDA graphs without an eager one in between; "
                 "take an eager step before"
             )
         pinned = self._spare.pop()

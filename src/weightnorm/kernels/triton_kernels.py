@@ -10,10 +10,12 @@ import triton.language as tl
 
 from weightnorm.kernels import arithmetic, columns
 
-_open_row, _close_row, _sgd, _adam, _amsgrad, _adamax, _sgd_clock, _adam_clock = (
+_open_row, _pull_back_element, _settle, _close_row, _sgd, _adam, _amsgrad, _adamax, _sgd_clock, _adam_clock = (
     triton.jit(arithmetic.bound_to(function, tl))
     for function in (
         arithmetic.open_row,
+        arithmetic.pull_back,
+        arithmetic.settle,
         arithmetic.close_row,
         arithmetic.sgd,
         arithmetic.adam,
@@ -217,7 +219,7 @@ def _step_elements(row, move, start, offset, mask, weight, gradient, turn, along
     rate = tl.load(move + columns.MOVE_RATE).to(A)
     coupled = tl.load(move + columns.MOVE_COUPLED).to(A)
     decoupled = tl.load(move + columns.MOVE_DECOUPLED).to(A)
-    gradient = scale * (turn * gradient - along * weight)
+    gradient = _pull_back_element(gradient, weight, scale, turn, along)
     step, first, second, third = _rule(
         weight / scale, gradient, first, second, third, rate, coupled, decoupled, move, A, RULE
     )
@@ -228,9 +230,9 @@ def _step_elements(row, move, start, offset, mask, weight, gradient, turn, along
 
 
 @triton.jit
-def _step_length(row, move, r, sign, length, grad_length, alive, writes, A: tl.constexpr,
-                 RULE: tl.constexpr, FIRST: tl.constexpr):  # fmt: skip
-    """Step the rule on g and return its step; keep its state where ``writes``."""
+def _step_length(row, move, r, sign, length, grad_length, alive, A: tl.constexpr, RULE: tl.constexpr,
+                 FIRST: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
+    """Step the rule on g, keep its state if asked to, and return by how much the length grows."""
     here = _has_length(row, r)
     first = _load_state(row, columns.G_FIRST, 0, r, here, A, A, 1, FIRST)
     second = _load_state(row, columns.G_SECOND, 0, r, here, A, A, 1, RULE != "sgd")
@@ -242,18 +244,19 @@ def _step_length(row, move, r, sign, length, grad_length, alive, writes, A: tl.c
     step, first, second, third = _rule(
         g, sign * grad_length, first, second, third, rate, coupled, decoupled, move, A, RULE
     )
-    here = here & (writes + 0 * r != 0)
-    _store_state(row, columns.G_FIRST, 0, r, first, here, A, 1, FIRST)
-    _store_state(row, columns.G_SECOND, 0, r, second, here, A, 1, RULE != "sgd")
-    _store_state(row, columns.G_THIRD, 0, r, third, here, A, 1, RULE == "amsgrad")
-    return step
+    if KEEP:
+        tl.debug_barrier()  # all threads of a row have read what one of them writes now
+        _store_state(row, columns.G_FIRST, 0, r, first, here, A, 1, FIRST)
+        _store_state(row, columns.G_SECOND, 0, r, second, here, A, 1, RULE != "sgd")
+        _store_state(row, columns.G_THIRD, 0, r, third, here, A, 1, RULE == "amsgrad")
+    return sign * step
 
 
 @triton.jit
-def _store_scale(row, r, kept, scale, small, excess, factor, A: tl.constexpr):
-    here = _has_length(row, r)
-    moved = tl.where(small, scale + scale * excess, factor * scale)
-    tl.store(_pointer(tl.load(row + columns.SCALE), A) + r, tl.where(kept == 0.0, 0.0, moved), here)
+def _store_scale(row, r, kept, small, excess, factor, A: tl.constexpr):
+    tl.debug_barrier()  # likewise
+    scale = tl.where(small, kept + kept * excess, factor * kept)  # one that is not set yet, 0, stays so
+    tl.store(_pointer(tl.load(row + columns.SCALE), A) + r, scale, _has_length(row, r))
 
 
 @triton.jit
@@ -290,15 +293,15 @@ def tiles(table, grads, moves, programs, seed,
         t = _step_elements(
             row, move, start, offset, mask, weight, gradient, turn, along, scale, S, A, VECTOR, RULE, FIRST
         )
-        step_g = _step_length(row, move, r, sign, length, grad_length, alive, 1, A, RULE, FIRST)
+        step_length = _step_length(row, move, r, sign, length, grad_length, alive, A, RULE, FIRST, True)
 
         moved = weight + t
         new_squares = tl.sum(moved * moved, AXIS, keep_dims=True)
         growth = tl.sum(t * (weight + moved), AXIS, keep_dims=True)
-        small, excess, factor = _close_row(alive, length, sign, step_g, new_squares, growth, FLOOR, EPS)
-        weight = tl.where(small, weight + (t + excess * moved), factor * moved)
+        small, excess, factor = _close_row(alive, length, step_length, new_squares, growth, FLOOR, EPS)
+        weight = _settle(weight, t, small, excess, factor)
         _store_weight(row, start, offset, weight, mask, seed, tensor, r, j, W, A, MASTER, STOCHASTIC, VECTOR)
-        _store_scale(row, r, kept, scale, small, excess, factor, A)
+        _store_scale(row, r, kept, small, excess, factor, A)
 
 
 @triton.jit
@@ -324,7 +327,7 @@ def walk(table, grads, moves, programs, seed,
             product += tl.sum(weight * gradient, AXIS, keep_dims=True)
         alive, length, grad_length, turn, along, kept, scale = _pull_back(row, move, r, squares, product, A, FLOOR)
         sign = tl.where(scale < 0.0, -1.0, 1.0)
-        step_g = _step_length(row, move, r, sign, length, grad_length, alive, 1, A, RULE, FIRST)
+        step_length = _step_length(row, move, r, sign, length, grad_length, alive, A, RULE, FIRST, True)
 
         new_squares, growth = tl.zeros(r.shape, A), tl.zeros(r.shape, A)
         for begin in range(0, length_of_row, BLOCK):
@@ -338,13 +341,14 @@ def walk(table, grads, moves, programs, seed,
             new_squares += tl.sum(moved * moved, AXIS, keep_dims=True)
             growth += tl.sum(t * (weight + moved), AXIS, keep_dims=True)
             _store_weight(row, start, offset, moved, mask, seed, tensor, r, j + begin, W, A, MASTER, STOCHASTIC, VECTOR)
-        small, excess, factor = _close_row(alive, length, sign, step_g, new_squares, growth, FLOOR, EPS)
-        _store_scale(row, r, kept, scale, small, excess, factor, A)
+        small, excess, factor = _close_row(alive, length, step_length, new_squares, growth, FLOOR, EPS)
+        _store_scale(row, r, kept, small, excess, factor, A)
 
+        tl.debug_barrier()  # what a thread has written another may read now
         for begin in range(0, length_of_row, BLOCK):
             start, offset, grad_offset, mask = _place(row, r, j + begin, VECTOR, STRIDED)
             moved = _load_weight(row, start, offset, mask, W, A, MASTER, VECTOR)
-            weight = tl.where(small, moved + excess * moved, factor * moved)
+            weight = _settle(moved, 0.0, small, excess, factor)
             _store_weight(
                 row, start, offset, weight, mask, seed + 1, tensor, r, j + begin, W, A, MASTER, STOCHASTIC, VECTOR
             )
@@ -415,15 +419,15 @@ def split_lengths(table, grads, moves, programs, before, after, seed,
         new_squares, growth = _total(after, first, count, 128, A)
         alive, length, grad_length, turn, along, kept, scale = _pull_back(row, move, r, squares, product, A, FLOOR)
         sign = tl.where(scale < 0.0, -1.0, 1.0)
-        step_g = _step_length(row, move, r, sign, length, grad_length, alive, LAST + 0, A, RULE, FIRST)
-        small, excess, factor = _close_row(alive, length, sign, step_g, new_squares, growth, FLOOR, EPS)
+        step_length = _step_length(row, move, r, sign, length, grad_length, alive, A, RULE, FIRST, LAST)
+        small, excess, factor = _close_row(alive, length, step_length, new_squares, growth, FLOOR, EPS)
         if LAST:
-            _store_scale(row, r, kept, scale, small, excess, factor, A)
+            _store_scale(row, r, kept, small, excess, factor, A)
         else:
             j = tl.arange(0, BLOCK)[None, :] + chunk * BLOCK
             start, offset, grad_offset, mask = _place(row, r, j, VECTOR, STRIDED)
             moved = _load_weight(row, start, offset, mask, W, A, MASTER, VECTOR)
-            weight = tl.where(small, moved + excess * moved, factor * moved)
+            weight = _settle(moved, 0.0, small, excess, factor)
             _store_weight(row, start, offset, weight, mask, seed + 1, tensor, r, j, W, A, MASTER, STOCHASTIC, VECTOR)
 
 

@@ -20,7 +20,8 @@ _DTYPE = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-_ON_CHIP = 8192  # elements of a tile at most: longer rows are walked along
+_ON_CHIP = 4096  # elements of a tile at most: longer rows are walked along
+_STRIDE = 8192  # elements at a time, on the way
 _WALKED = 32768  # longer rows, or long ones of a tensor with few, are split over programs
 _FEW = 64
 _SHARED = 512  # elements of a tile that short rows share
@@ -83,13 +84,13 @@ def shape_of(member: Member) -> Shape:
     at, weight = member.layout, member.weight
     state = member.parts.get(columns.FIRST)
     strided, across = not at.contiguous, at.across
-    most = _ON_CHIP if weight.dtype != torch.float64 else _ON_CHIP // 2
+    narrow = 1 if weight.dtype != torch.float64 else 2
     path, block = "tiles", max(triton.next_power_of_2(at.length), 4)
     rows = _ACROSS if across else max(1, _SHARED // block)
-    if rows * block > most:
-        path, block = "walk", (most // 4 if strided else most) // rows  # addresses of elements take registers too
+    if rows * block > _ON_CHIP // narrow:
+        path, block = "walk", _STRIDE // narrow // (4 * rows if strided else rows)  # addresses take registers too
         if at.length > _WALKED or at.rows < _FEW:
-            path, rows, block = "split", 1, most
+            path, rows, block = "split", 1, _STRIDE // narrow
     return Shape(
         rule=member.rule,
         first=state is not None,

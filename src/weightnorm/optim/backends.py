@@ -78,8 +78,7 @@ def _why_not(name: str, rule: Rule, g_rule: Rule | None, group: Group, parameter
     if name == "torch":
         return f"there are none for the device {parameter.device}"
     if not _is_installed(name):
-        extra = "gpu" if name == "triton" else "cpu"
-        return f"{name} is not installed (pip install 'weightnorm[{extra}]')"
+        return f"{name} is not installed (pip install {name})"
     if g_rule is not None:
         return "g_class needs torch's optimizers"
     if kernel_rule(rule, group) is None:

@@ -59,7 +59,10 @@ class Fused:
                 devices.setdefault(parameter.device, []).append((parameter, index))
         for device, found in devices.items():
             if is_recording(device):
-                raise ValueError("the first step cannot be recorded in a CUDA graph; take an eager one before")
+                raise ValueError(
+                    "a CUDA graph cannot record the first step, nor the first since a tensor moved or a gradient came "
+                    "in another layout; take an eager one before"
+                )
             members = [self._enter(p, index, rule_of(groups[index]) or "", state[p]) for p, index in found]
             here = [parameter for parameter, _ in found]
             examples = [p if p.grad is None else p.grad for p in here]
@@ -85,6 +88,7 @@ class Fused:
         """Step every parameter that has a gradient."""
         for step, gradients in zip(self._steps, self._gradients, strict=True):
             step.run(gradients, self._groups, grad_scale, found_inf)
+        self._gradients = []  # theirs to free
 
     def _look(self, state: MutableMapping[Any, State]) -> None:
         """Remember which tensors the state holds, so that a later look tells whether any was replaced.
@@ -144,9 +148,9 @@ def _keep_counts(state: State, device: torch.device, arrays: Sequence[str], coun
     """Give the state its counts of steps, on the device; torch's SGD keeps none, and its first step differs."""
     if not arrays:
         return
-    stepped = 1.0 if "step" not in state and isinstance(state.get(arrays[0]), Tensor) else 0.0
+    has_stepped = isinstance(state.get(arrays[0]), Tensor)
     for name in ("step", LENGTH + "step") if counts_g else ("step",):
-        count = state.get(name, state.get("step", stepped))
+        count = state.get(name, state.get("step", 1.0)) if has_stepped else 0.0
         state[name] = torch.as_tensor(count, dtype=torch.float32, device=device)
     if counts_g and state["step"] is state[LENGTH + "step"]:
         state[LENGTH + "step"] = state["step"].clone()

@@ -186,6 +186,7 @@ class WeightNormOptimizer(torch.optim.Optimizer):
                 engine.is_stale(self.state)
         return engines
 
+    @torch.no_grad()
     def _build_engines(self) -> list[Engine | Fused]:
         """Build what steps on the parameters, backend by backend."""
         self._check_not_recorded()

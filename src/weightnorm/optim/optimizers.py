@@ -40,7 +40,8 @@ class SGD(_Named):
     Args:
         params: a model, a list of models, or what torch optimizers take.
         args: as for ``torch.optim.SGD``, like ``kwargs``: ``lr=1e-3``, ``momentum=0``, ...
-        kwargs: and ``v_std=None``, ``g_lr=1.0``, ``decay="both"`` of ``WeightNormOptimizer``.
+        kwargs: and ``v_std=None``, ``g_lr=1.0``, ``decay="both"``, ``stochastic_rounding=False``, ``backend="auto"`` of
+            ``WeightNormOptimizer``.
 
     Raises:
         ValueError: if an option is out of its range, or nothing can be normalised.
@@ -64,7 +65,8 @@ class Adam(_Named):
     Args:
         params: a model, a list of models, or what torch optimizers take.
         args: as for ``torch.optim.Adam``, like ``kwargs``: ``lr=1e-3``, ``betas=(0.9, 0.999)``, ``amsgrad=False``, ...
-        kwargs: and ``v_std=None``, ``g_lr=1.0``, ``decay="both"`` of ``WeightNormOptimizer``.
+        kwargs: and ``v_std=None``, ``g_lr=1.0``, ``decay="both"``, ``stochastic_rounding=False``, ``backend="auto"`` of
+            ``WeightNormOptimizer``.
 
     Raises:
         ValueError: if an option is out of its range, or nothing can be normalised.
@@ -88,7 +90,8 @@ class AdamW(_Named):
     Args:
         params: a model, a list of models, or what torch optimizers take.
         args: as for ``torch.optim.AdamW``, like ``kwargs``: ``lr=1e-3``, ``weight_decay=0.01``, ``fused=None``, ...
-        kwargs: and ``v_std=None``, ``g_lr=1.0``, ``decay="both"`` of ``WeightNormOptimizer``.
+        kwargs: and ``v_std=None``, ``g_lr=1.0``, ``decay="both"``, ``stochastic_rounding=False``, ``backend="auto"`` of
+            ``WeightNormOptimizer``.
 
     Raises:
         ValueError: if an option is out of its range, or nothing can be normalised.
@@ -113,7 +116,8 @@ class Adamax(_Named):
     Args:
         params: a model, a list of models, or what torch optimizers take.
         args: as for ``torch.optim.Adamax``, like ``kwargs``: ``lr=2e-3``, ``betas=(0.9, 0.999)``, ...
-        kwargs: and ``v_std=None``, ``g_lr=1.0``, ``decay="both"`` of ``WeightNormOptimizer``.
+        kwargs: and ``v_std=None``, ``g_lr=1.0``, ``decay="both"``, ``stochastic_rounding=False``, ``backend="auto"`` of
+            ``WeightNormOptimizer``.
 
     Raises:
         ValueError: if an option is out of its range, or nothing can be normalised.
@@ -149,8 +153,8 @@ def wrap(
         g_class: steps on ``g``, biases and whatever else is plain; None: ``optimizer_class`` does. Its options are its
             own defaults, or those of a ``functools.partial``. Its learning rate keeps its proportion to the other's
             when a schedule moves that.
-        kwargs: options of ``optimizer_class``, and ``v_std=None``, ``g_lr=1.0``, ``decay="both"`` of
-            ``WeightNormOptimizer``.
+        kwargs: options of ``optimizer_class``, and ``v_std=None``, ``g_lr=1.0``, ``decay="both"``,
+            ``stochastic_rounding=False``, ``backend="auto"`` of ``WeightNormOptimizer``.
 
     Returns:
         The optimizer.

@@ -41,8 +41,10 @@ def parameters():
 
 
 def new_gradients(params):
+    old = [p.grad for p in params]  # alive until the new ones are there, which so cannot lie where these do
     for p in params:
         p.grad = torch.randn_like(p)
+    del old
 
 
 def give_gradient(params, optimizer):
@@ -270,9 +272,11 @@ def test_a_learning_rate_of_zero_after_one_on_the_device_is_zero(monkeypatch):
 
 def test_recording_more_graphs_than_there_are_spare_tables_is_refused(recording):
     params, optimizer, _ = warm()
+    alive = [p.grad for p in params]  # or a new gradient could come to lie where an old one was
     with recording():
         for _ in range(2):
             new_gradients(params)
+            alive += [p.grad for p in params]
             optimizer.step()
         new_gradients(params)
         with pytest.raises(ValueError, match="take an eager step before"):

@@ -113,7 +113,12 @@ def test_a_fused_step_unscales_and_skips_by_itself(rule, backend):
         scaler.scale((net(x) - y).square().mean()).backward()
         scaler.step(optimizer)
         scaler.update()
-    train(twin, rule(twin, backend="torch"), data)
+    reference = rule(twin, backend="torch")
+    train(twin, reference, data)
+    assert distance(net, twin) < 1e-5
+
+    train(net, optimizer, data)  # and without the scaler: nothing of it is left behind
+    train(twin, reference, data)
     assert distance(net, twin) < 1e-5
 
     before = copy.deepcopy((net.state_dict(), optimizer.state_dict()["state"]))

@@ -70,8 +70,8 @@ class Engine:
             self._rest.state.update({parameter: state[parameter] for parameter in plain if state.get(parameter)})
             self._main.state.update(_named(state))
             for inner in {id(self._main): self._main, id(self._rest): self._rest}.values():
-                if found_inf is not None:  # torch's own protocol: attributes for the length of a step
-                    inner.grad_scale, inner.found_inf = grad_scale, found_inf  # type: ignore[attr-defined]
+                # Torch's own protocol, in attributes; set at every step, or the next would unscale by this one's.
+                inner.grad_scale, inner.found_inf = grad_scale, found_inf  # type: ignore[attr-defined]
                 inner.step()
             self._buckets.check_untouched()
             self._take_back_rest(state, plain)

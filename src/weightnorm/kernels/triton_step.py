@@ -1,4 +1,4 @@
-"""Which Triton kernel takes which rows, in tiles of which size: a small table of what was measured, no autotuner."""
+"""Which Triton kernel takes which rows, in tiles of which size: a small table, no autotuner."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,13 +20,14 @@ _DTYPE = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+# The numbers are those that did best for a first probe on an H100, or were reasoned; none is timed on these kernels.
 _ON_CHIP = 4096  # elements of a tile at most: longer rows are walked along
 _STRIDE = 8192  # elements at a time, on the way
 _WALKED = 32768  # longer rows, or long ones of a tensor with few, are split over programs
 _FEW = 64
 _SHARED = 512  # elements of a tile that short rows share
 _ACROSS = 8  # rows of a tile, where neighbours in memory belong to different rows
-_WARPS = {512: 4, 1024: 2, 2048: 8, 4096: 16, 8192: 32}  # by elements of a tile, measured on an H100
+_WARPS = {512: 4, 1024: 2, 2048: 8, 4096: 16, 8192: 32}  # by elements of a tile
 _OWN_LAUNCH = 1 << 18  # elements that are worth a launch of their own
 _CLOCK = 128  # tensors a program of the clock
 

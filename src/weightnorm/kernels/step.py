@@ -40,6 +40,7 @@ class FusedStep:
         self._at = _addresses(self._kept)
         self._kinds = [(gradient.dtype, gradient.stride()) for gradient in gradients]
         self._grads_at: list[int] = []
+        self._aligned = [member.grad_aligned and member.copied is None for member in members]
         self._copied = [index for index, member in enumerate(members) if member.copied is not None]
         self._unscaled = torch.ones((), device=self._device)
         self._all_finite = torch.zeros((), device=self._device)
@@ -61,8 +62,7 @@ class FusedStep:
         at = [0 if g is None else g.data_ptr() for g in gradients]
         if at == self._grads_at:
             return True
-        aligned = [member.grad_aligned and member.copied is None for member in self._members]
-        if any(address % 16 for address, is_aligned in zip(at, aligned, strict=True) if is_aligned):
+        if any(address % 16 for address, is_aligned in zip(at, self._aligned, strict=True) if is_aligned):
             return False
         self._grads_at = at
         return True

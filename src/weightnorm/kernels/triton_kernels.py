@@ -271,18 +271,24 @@ def _tile(first_row, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACROSS: tl.constex
 
 
 @triton.jit
+def _program(table, moves, programs):
+    """Return which tensor a program has and from which row on, and where the tables describe the tensor."""
+    program = programs + 2 * tl.program_id(0)
+    tensor = tl.load(program).to(tl.int64)
+    return tensor, tl.load(program + 1), table + tensor * columns.ADDRESSES, moves + tensor * columns.MOVES
+
+
+@triton.jit
 def tiles(table, grads, moves, programs, seed,
           W: tl.constexpr, G: tl.constexpr, S: tl.constexpr, A: tl.constexpr, RULE: tl.constexpr,
           FIRST: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, STRIDED: tl.constexpr,
           ACROSS: tl.constexpr, VECTOR: tl.constexpr, FLOOR: tl.constexpr, EPS: tl.constexpr,
           ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Step ``ROWS`` rows of at most ``BLOCK`` elements, held on chip."""
-    program = programs + 2 * tl.program_id(0)
-    tensor = tl.load(program).to(tl.int64)
-    row, move = table + tensor * columns.ADDRESSES, moves + tensor * columns.MOVES
+    tensor, first_row, row, move = _program(table, moves, programs)
     if tl.load(move + columns.MOVE_ON) != 0.0:
         AXIS: tl.constexpr = 0 if ACROSS else 1
-        r, j = _tile(tl.load(program + 1), ROWS, BLOCK, ACROSS)
+        r, j = _tile(first_row, ROWS, BLOCK, ACROSS)
         start, offset, grad_offset, mask = _place(row, r, j, VECTOR, STRIDED)
         weight = _load_weight(row, start, offset, mask, W, A, MASTER, VECTOR)
         gradient = _load_gradient(grads, tensor, move, start, grad_offset, mask, G, A, VECTOR)
@@ -311,12 +317,10 @@ def walk(table, grads, moves, programs, seed,
          ACROSS: tl.constexpr, VECTOR: tl.constexpr, FLOOR: tl.constexpr, EPS: tl.constexpr,
          ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Step ``ROWS`` rows of any length, ``BLOCK`` elements at a time: sums; then steps; then lengths."""
-    program = programs + 2 * tl.program_id(0)
-    tensor = tl.load(program).to(tl.int64)
-    row, move = table + tensor * columns.ADDRESSES, moves + tensor * columns.MOVES
+    tensor, first_row, row, move = _program(table, moves, programs)
     if tl.load(move + columns.MOVE_ON) != 0.0:
         AXIS: tl.constexpr = 0 if ACROSS else 1
-        r, j = _tile(tl.load(program + 1), ROWS, BLOCK, ACROSS)
+        r, j = _tile(first_row, ROWS, BLOCK, ACROSS)
         length_of_row = tl.load(row + columns.LENGTH).to(tl.int32)
         squares, product = tl.zeros(r.shape, A), tl.zeros(r.shape, A)
         for begin in range(0, length_of_row, BLOCK):

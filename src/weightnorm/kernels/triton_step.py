@@ -175,15 +175,15 @@ class TritonStep:
         if shape.path == "split":
             return self._split(shape, indices, members)
         kernel = getattr(triton_kernels, shape.path)
-        constants = shape.constants(kernel)
+        constants = shape.constants(kernel) | {"num_warps": warps_of(shape)}
         firsts = [torch.arange(0, members[index].layout.rows, shape.rows) for index in indices]
         owners = torch.tensor(indices).repeat_interleave(torch.tensor([len(first) for first in firsts]))
         programs = torch.stack([owners, torch.cat(firsts)], dim=1).to(self._device, torch.int32)
 
+        on_grid = kernel[(len(programs),)]
+
         def launch(tables: Tables, grads: Tensor, seed: Tensor) -> None:
-            kernel[(len(programs),)](
-                tables.addresses, grads, tables.moves, programs, seed, **constants, num_warps=warps_of(shape)
-            )
+            on_grid(tables.addresses, grads, tables.moves, programs, seed, **constants)
 
         return launch
 

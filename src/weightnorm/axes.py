@@ -5,7 +5,7 @@ their outputs on axis 1 and, with ``groups > 1``, partly on axis 0 as well; recu
 unit. ``register_axis`` teaches the library a further layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -60,6 +60,42 @@ class Axis:
         front = tuple(range(len(kept)))
         moved = split.movedim(kept, front).shape
         return rows.reshape(moved).movedim(front, kept).reshape(weight.shape)
+
+
+def axes_of_lengths(v_shape: Sequence[int], g_shape: Sequence[int]) -> list[Axis]:
+    """Return where the vectors of ``v`` can lie, given the shapes of ``v`` and of its lengths ``g`` alone.
+
+    Args:
+        v_shape: the direction's shape.
+        g_shape: 0-D or all ones: one length for the whole tensor; as many axes as ``v``, reduced ones of size 1: torch's
+            way; one more, ``(groups, 1, out/groups, 1, ...)``: a grouped transposed convolution; 1-D: Paddle's way.
+
+    Returns:
+        The axes that fit: one, unless ``g`` is 1-D and several axes of ``v`` have its size; none, if it fits nowhere.
+
+    Example:
+        >>> axes_of_lengths((6, 4, 3), (1, 4, 1)), axes_of_lengths((4, 4), (4,))
+        ([Axis(dim=1, groups=1)], [Axis(dim=0, groups=1), Axis(dim=1, groups=1)])
+    """
+    count = prod(g_shape)
+    if len(g_shape) == len(v_shape):
+        pairs = list(zip(g_shape, v_shape, strict=True))
+        kept = tuple(axis for axis, (size, _) in enumerate(pairs) if size != 1)
+        if any(size not in (1, of_v) for size, of_v in pairs):
+            return []
+        return [Axis(kept[0] if len(kept) == 1 else kept or _one_vector(v_shape))]
+    if len(g_shape) == len(v_shape) + 1:
+        groups = g_shape[0]
+        split = (groups, 1, *v_shape[1:2], *[1] * (len(v_shape) - 2))
+        return [Axis(1, groups)] if tuple(g_shape) == split and v_shape[0] % groups == 0 else []
+    if count == 1:
+        return [Axis(_one_vector(v_shape))]
+    return [Axis(axis) for axis, size in enumerate(v_shape) if len(g_shape) == 1 and size == count]
+
+
+def _one_vector(shape: Sequence[int]) -> Dim:
+    """Return the axis that has the only vector: 0 where it has size 1, as for a layer with one output; else all."""
+    return 0 if shape and shape[0] == 1 else None
 
 
 Rule = Dim | Callable[[nn.Module], "Axis | Dim"]

@@ -67,8 +67,8 @@ def axes_of_lengths(v_shape: Sequence[int], g_shape: Sequence[int]) -> list[Axis
 
     Args:
         v_shape: the direction's shape.
-        g_shape: 0-D or all ones: one length for the whole tensor; as many axes as ``v``, reduced ones of size 1: torch's
-            way; one more, ``(groups, 1, out/groups, 1, ...)``: a grouped transposed convolution; 1-D: Paddle's way.
+        g_shape: 0-D or all ones: one length for the whole tensor; as many axes as ``v``, reduced ones of size 1:
+            torch's way; one more, ``(groups, 1, out/groups, 1, ...)``: a grouped transposed convolution; 1-D: Paddle's.
 
     Returns:
         The axes that fit: one, unless ``g`` is 1-D and several axes of ``v`` have its size; none, if it fits nowhere.

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from weightnorm import formula as formula
     from weightnorm.axes import register_axis as register_axis
     from weightnorm.data_dependent import data_init as data_init
+    from weightnorm.layers import cached as cached
+    from weightnorm.layers import fold as fold
+    from weightnorm.layers import remove_weight_norm as remove_weight_norm
+    from weightnorm.layers import weight_norm as weight_norm
     from weightnorm.mean_only import MeanOnlyBatchNorm as MeanOnlyBatchNorm
     from weightnorm.optim import SGD as SGD
     from weightnorm.optim import Adam as Adam
@@ -29,6 +33,10 @@ _HOME = {
     "param_groups": "optim",
     "register_axis": "axes",
     "data_init": "data_dependent",
+    "weight_norm": "layers",
+    "remove_weight_norm": "layers",
+    "fold": "layers",
+    "cached": "layers",
     "MeanOnlyBatchNorm": "mean_only",
 }
 

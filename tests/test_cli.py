@@ -111,7 +111,7 @@ def test_damaged_data_is_told_in_one_line(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("missing", ["click", "jinja2"])
 def test_a_missing_extra_is_told_in_one_line(missing):
     code = f"import sys; sys.modules[{missing!r}] = None; from weightnorm.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, "compare"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == f"weightnorm: {missing} not installed; pip install 'weightnorm[compare]'\n"
 

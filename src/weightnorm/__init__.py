@@ -11,6 +11,7 @@ from weightnorm._version import __version__
 if TYPE_CHECKING:
     from weightnorm import formula as formula
     from weightnorm.axes import register_axis as register_axis
+    from weightnorm.checkpoints import convert_state_dict as convert_state_dict
     from weightnorm.data_dependent import data_init as data_init
     from weightnorm.layers import cached as cached
     from weightnorm.layers import fold as fold
@@ -37,6 +38,7 @@ _HOME = {
     "remove_weight_norm": "layers",
     "fold": "layers",
     "cached": "layers",
+    "convert_state_dict": "checkpoints",
     "MeanOnlyBatchNorm": "mean_only",
 }
 

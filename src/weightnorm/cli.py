@@ -8,8 +8,10 @@ from typing import Any
 import click
 
 from weightnorm._version import __version__
+from weightnorm.cli_checkpoints import COMMANDS
 from weightnorm.compare.arms import ARMS, DEFAULT_ARMS
 from weightnorm.errors import INTERRUPTED, USER_ERROR, UserError
+from weightnorm.extras import require
 from weightnorm.tasks import TASKS
 
 
@@ -64,7 +66,7 @@ def _g_lr(text: str) -> float | str:
 @click.version_option(__version__, prog_name="weightnorm")
 @click.pass_context
 def weightnorm(context: click.Context) -> None:
-    """Weight normalization for PyTorch (Salimans & Kingma, 2016): see what it does to training."""
+    """Weight normalization for PyTorch (Salimans & Kingma, 2016): see what it does to training, convert checkpoints."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -106,10 +108,15 @@ def compare(task: str, arms: Sequence[str], out: Path | None, **options: Any) ->
     All arms start from the same seeds and take turns, an epoch each. The report says how many steps and seconds each
     needs to reach the final training loss of the plain arm. Ctrl-C ends it early with a report of what has run.
     """
+    require("compare", "matplotlib", "jinja2")
     from weightnorm.compare.command import compare_and_report  # it imports torch, which help does without
 
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     return compare_and_report(task, arms=[ARMS[name] for name in arms], folder=folder, **options)
+
+
+for _command in COMMANDS:
+    weightnorm.add_command(_command)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -16,6 +16,9 @@ from torch.nn.utils.parametrizations import weight_norm as torch_weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 import weightnorm as wn
+from weightnorm.axes import Axis
+from weightnorm.formula import sum_rows
+from weightnorm.layers.compose import by_formula, compose
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),  # torch's own use, in forward mode
@@ -334,6 +337,38 @@ def test_narrow_weights_are_as_right_as_torch_can_make_them(dtype):
     errors = [(layer.weight.float() - truth).abs().max() for layer in (ours, theirs)]
     assert errors[0] <= 2 * errors[1]
     assert g_and_v(ours)[0].dtype == torch.float32
-    with torch.no_grad():
-        ours.to(torch.bfloat16).weight.fill_(0.5)  # lengths of another dtype than when it was wrapped
+    ours.to(torch.bfloat16)  # lengths are of another dtype now than when it was wrapped
+    ours.weight = torch.full((32, 64), 0.5, dtype=torch.bfloat16)
     assert (ours.weight == 0.5).all()
+
+
+LAYOUTS = {
+    "channels_last": (lambda w: w.contiguous(memory_format=torch.channels_last), Axis(0)),
+    "channels_last, input axis": (lambda w: w.contiguous(memory_format=torch.channels_last), Axis(1)),
+    "contiguous": (lambda w: w.contiguous(), Axis(0)),
+    "last axis": (lambda w: w.contiguous(), Axis(3)),
+    "last axis in memory first": (lambda w: w.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0), Axis(3)),
+    "two axes": (lambda w: w.contiguous(), Axis((0, 1))),
+    "whole tensor": (lambda w: w.contiguous(), Axis(None)),
+    "groups": (lambda w: w.contiguous(), Axis(1, 2)),
+    "every other row": (lambda w: w[::2], Axis(0)),
+}
+
+
+@pytest.mark.parametrize("gradient", [lambda w: torch.randn(w.shape), lambda w: torch.ones(()).expand(w.shape)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_gives_what_the_formula_gives(layout, gradient):
+    lay_out, axis = LAYOUTS[layout]
+    v = lay_out(torch.randn(4, 6, 3, 5)).detach().requires_grad_()
+    g = (
+        torch.rand_like(axis.rows(v.detach())[:, 0])
+        .reshape(sum_rows(axis.split(v), axis.kept(v)).shape)
+        .requires_grad_()
+    )
+    w = compose(v, g, axis)
+    grad_w = gradient(w)
+    torch.testing.assert_close(w, by_formula(v, g, axis))
+    assert w.stride() == (v.stride() if layout != "every other row" else w.stride())
+    found = torch.autograd.grad(w, (v, g), grad_w)
+    for one, expected in zip(found, torch.autograd.grad(by_formula(v, g, axis), (v, g), grad_w), strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-6)

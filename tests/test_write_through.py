@@ -113,6 +113,27 @@ def test_saved_weights_are_plain_tensors():
     assert type(copy.deepcopy(layer.weight.detach())) is torch.Tensor
 
 
+def test_a_parameter_made_of_it_is_one_of_its_own():
+    layer = wn.weight_norm(nn.Linear(4, 3))
+    before = layer.weight.detach().clone()
+    for source in (layer.weight, layer.weight.data, layer.weight.detach()[:2]):
+        parameter = nn.Parameter(source)
+        assert type(parameter) is nn.Parameter
+        assert parameter.is_leaf
+        parameter.sum().backward()
+        torch.optim.SGD([parameter], lr=0.1).step()
+        copy.deepcopy(parameter)
+    torch.testing.assert_close(layer.weight.detach(), before)
+
+
+def test_torchs_own_removal_works_on_it():
+    layer, x = wn.weight_norm(nn.Linear(4, 3)), torch.randn(2, 4)
+    before = layer(x)
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer.weight) is nn.Parameter
+    torch.testing.assert_close(layer(x), before)
+
+
 def test_an_own_layer_that_initialises_itself_in_its_forward_does():
     class Lazily(nn.Linear):
         def forward(self, x):

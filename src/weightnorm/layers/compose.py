@@ -52,16 +52,16 @@ def gradients(grad_w: Tensor, v: Tensor, g: Tensor, axis: Axis) -> tuple[Tensor,
 class _Compose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, g: Tensor, axis: Axis) -> Tensor:
-        w, length = _fused_forward(v, g, axis)
-        ctx.axis, ctx.is_fused = axis, length is not None
+        w, length, ctx.plan = _fused_forward(v, g, axis)
+        ctx.axis = axis
         ctx.save_for_backward(v, g, length)
         return w
 
     @staticmethod
     def backward(ctx: Any, grad_w: Tensor) -> tuple[Tensor, Tensor, None]:
         v, g, length = ctx.saved_tensors
-        if ctx.is_fused and not torch.is_grad_enabled():  # enabled: the gradient will be differentiated again
-            return (*_fused_backward(grad_w, v, g, length, ctx.axis), None)
+        if ctx.plan and not torch.is_grad_enabled():  # enabled: the gradient will be differentiated again
+            return (*ctx.plan.backward(grad_w, v, g, length), None)
         return (*gradients(grad_w, v, g, ctx.axis), None)
 
 
@@ -79,24 +79,14 @@ def is_watched() -> bool:
     )
 
 
-def _fused_forward(v: Tensor, g: Tensor, axis: Axis) -> tuple[Tensor, Tensor | None]:
-    """Return the weight, and its lengths where the fused backward can have them."""
-    plan = _plan(v.shape, v.stride(), axis) if v.device.type == "cpu" and v.dtype == g.dtype in _DTYPES else None
-    if plan is not None:
+def _fused_forward(v: Tensor, g: Tensor, axis: Axis) -> tuple[Tensor, Tensor | None, "_Plan | None"]:
+    """Return the weight; its lengths and the plan by which the backward goes, where it can be a fused one."""
+    plan = _plan(v.shape, v.stride(), axis) if v.dtype == g.dtype in _DTYPES and v.is_cpu else None
+    if plan:
         w, length = torch._weight_norm_interface(plan.matrix(v), plan.lengths(g), plan.dim)
         if length.all():  # torch divides by the length of a row of zeros
-            return plan.tensor(w, v), length
-    return by_formula(v, g, axis).detach(), None  # not a view, which a custom Function's result must not be
-
-
-def _fused_backward(grad_w: Tensor, v: Tensor, g: Tensor, length: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    plan = _plan(v.shape, v.stride(), axis)
-    assert plan is not None
-    if grad_w.stride() != v.stride():
-        grad_w = torch.empty_like(v).copy_(grad_w)
-    backward = torch.ops.aten._weight_norm_interface_backward.default
-    grad_v, grad_g = backward(plan.matrix(grad_w), plan.matrix(v), plan.lengths(g), length, plan.dim)
-    return plan.tensor(grad_v, v), grad_g if plan.size is None else grad_g.reshape(g.shape)
+            return plan.tensor(w, v), length, plan
+    return by_formula(v, g, axis).detach(), None, None  # not a view, which a custom Function's result must not be
 
 
 @dataclass(frozen=True)
@@ -106,6 +96,14 @@ class _Plan:
     dim: int
     size: tuple[int, int] | None = None
 
+    def backward(self, grad_w: Tensor, v: Tensor, g: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        if grad_w.stride() != v.stride():
+            grad_w = torch.empty_like(v).copy_(grad_w)
+        if self.size is None:
+            return _backward(grad_w, v, g, length, self.dim)
+        grad_v, grad_g = _backward(self.matrix(grad_w), self.matrix(v), self.lengths(g), length, self.dim)
+        return self.tensor(grad_v, v), grad_g.reshape(g.shape)
+
     def matrix(self, x: Tensor) -> Tensor:
         return x if self.size is None else x.as_strided(self.size, (self.size[1], 1))
 
@@ -114,6 +112,9 @@ class _Plan:
 
     def lengths(self, g: Tensor) -> Tensor:
         return g if self.size is None else g.reshape((-1, 1) if self.dim == 0 else (1, -1))
+
+
+_backward: Any = torch.ops.aten._weight_norm_interface_backward.default
 
 
 @lru_cache(maxsize=1024)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
 
@@ -67,6 +67,16 @@ class ComputedWeight(Tensor):
                 _settle(weight, func)
                 _mark_aliases(weight, out)
         return out
+
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, _: bool) -> None:
+        """Be a plain parameter: this is how ``nn.Parameter(layer.weight.data)`` marks what it has detached."""
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
+        self.__dict__.clear()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.detach().as_subclass(Tensor).__reduce_ex__(protocol)

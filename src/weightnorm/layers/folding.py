@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from weightnorm.layers import loading, recurrent
+from weightnorm.layers import loading
 from weightnorm.layers.found import Found, find
 from weightnorm.layers.parametrization import class_without
 
@@ -95,7 +95,6 @@ def _take_away(one: Found) -> None:
     else:
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]
-        recurrent.unregister(module)
     loading.unregister(module, name)
 
 

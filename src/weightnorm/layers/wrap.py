@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from weightnorm.axes import Axis, output_axis
 from weightnorm.formula import Dim
-from weightnorm.layers import loading, recurrent
+from weightnorm.layers import loading
 from weightnorm.layers.parametrization import WeightNorm, attach
 from weightnorm.survey import Choice, Use, survey
 
@@ -75,7 +75,6 @@ def weight_norm(
         for layer, own_name, parametrization in tied:
             attach(layer, own_name, parametrization)
             loading.register(layer)
-            recurrent.register(layer)
             held: Any = layer.parametrizations[own_name]  # type: ignore[index]
             held.original0.requires_grad_(held.original0.requires_grad and train_g)
             first = first or held

@@ -50,7 +50,7 @@ class WeightNorm(nn.Module):
         split, kept = self.axis.split(weight), self.axis.kept(weight)
         v, g = decompose(split, kept)
         dead = g <= length_floor(weight.dtype)
-        if weight.device.type != "meta" and dead.any():
+        if not weight.is_meta and dead.any():
             v = torch.where(dead, torch.randn_like(v) * _V_STD, v)
         if self.log_g is not None:
             g = _logarithm(g)
@@ -64,7 +64,7 @@ class WeightNorm(nn.Module):
 
 
 def _logarithm(g: Tensor) -> Tensor:
-    if not bool((g > 0).all()):
+    if not g.is_meta and not (g > 0).all():
         raise ValueError(
             f"{int((g <= 0).sum())} of {g.numel()} vectors are zero, and exp(s) is not; initialise them first, or hold "
             "lengths as they are (log_g=False)"
@@ -93,12 +93,12 @@ def _getter(name: str, slow: Callable[[nn.Module], Tensor], reader: Any) -> Call
         if parametrize._cache_enabled or torch.compiler.is_compiling():
             return slow(module)
         held: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
-        if len(held._modules) > 1:
-            return slow(module)
         cached: Tensor | None = held.__dict__.get("cached_weight")
         if cached is not None:
             return cached
         tensors = held._parameters or held._buffers  # a buffer may be weight-normalised as well
+        if len(held._modules) > 1 or "original0" not in tensors:  # DataParallel's replicas have plain attributes
+            return slow(module)
         ours: WeightNorm = held._modules["0"]
         make = ours.weight if sys._getframe(1).f_code is reader else ours.forward
         return make(tensors["original0"], tensors["original1"])

@@ -1,11 +1,12 @@
 """The weight of the module form and its gradients: the formula, by the fastest means at hand.
 
 Whoever traces, transforms or differentiates through a gradient meets ``formula`` itself in plain torch. Everybody else
-gets one fused forward and one fused backward: Triton's on a GPU; on the CPU torch's own, where there is one.
+gets a fused forward and a fused backward: Triton's on a GPU; on the CPU torch's own where there is one.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from math import prod
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd import forward_ad
 
 from weightnorm import formula
 from weightnorm.axes import Axis
-from weightnorm.kernels.layout import is_dense, rows_of
+from weightnorm.kernels.layout import is_dense
 
 _DTYPES = (torch.float32, torch.float64)  # of torch's kernels, as far as their results are good enough
 _PLAIN = (Tensor, nn.Parameter)  # subclasses (DTensor, FakeTensor) have their own ways
@@ -25,17 +26,26 @@ def compose(v: Tensor, g: Tensor, axis: Axis) -> Tensor:
 
     Args:
         v: the direction, any layout.
-        g: its lengths, in the shape of ``lengths_shape``.
+        g: its lengths, one element per vector.
         axis: where the vectors of ``v`` lie.
 
     Returns:
         The weight, in the shape, dtype and layout of ``v``.
     """
-    if is_watched() or type(v) not in _PLAIN or type(g) not in _PLAIN:
+    return by_formula(v, g, axis) if is_watched() else compose_unwatched(v, g, axis)
+
+
+def compose_unwatched(v: Tensor, g: Tensor, axis: Axis) -> Tensor:
+    """Return ``compose`` where it is known that nobody watches."""
+    if type(v) not in _PLAIN or type(g) not in _PLAIN:
         return by_formula(v, g, axis)
+    if v.is_cpu and v.dtype == g.dtype in _DTYPES and (view := _view(v.shape, v.stride(), axis)):
+        w = _by_torch(v, g, view)
+        if w is not None:
+            return w
     if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
         return _apply(v, g, axis)
-    return _fused_forward(v, g, axis)[0]
+    return by_formula(v, g, axis)
 
 
 def by_formula(v: Tensor, g: Tensor, axis: Axis) -> Tensor:
@@ -49,26 +59,6 @@ def gradients(grad_w: Tensor, v: Tensor, g: Tensor, axis: Axis) -> tuple[Tensor,
     return grad_v.reshape(v.shape), grad_g
 
 
-class _Compose(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, g: Tensor, axis: Axis) -> Tensor:
-        w, length, ctx.plan = _fused_forward(v, g, axis)
-        ctx.axis = axis
-        ctx.save_for_backward(v, g, length)
-        return w
-
-    @staticmethod
-    def backward(ctx: Any, grad_w: Tensor) -> tuple[Tensor, Tensor, None]:
-        v, g, length = ctx.saved_tensors
-        if ctx.plan and not torch.is_grad_enabled():  # enabled: the gradient will be differentiated again
-            return (*ctx.plan.backward(grad_w, v, g, length), None)
-        return (*gradients(grad_w, v, g, ctx.axis), None)
-
-
-# Function.apply first asks about functorch, as ``compose`` has done.
-_apply: Any = super(torch.autograd.Function, _Compose).apply
-
-
 def is_watched() -> bool:
     """Say whether operations are followed one by one: by a compiler, an exporter, ``torch.func``, forward mode."""
     return (
@@ -79,56 +69,88 @@ def is_watched() -> bool:
     )
 
 
-def _fused_forward(v: Tensor, g: Tensor, axis: Axis) -> tuple[Tensor, Tensor | None, "_Plan | None"]:
-    """Return the weight; its lengths and the plan by which the backward goes, where it can be a fused one."""
-    plan = _plan(v.shape, v.stride(), axis) if v.dtype == g.dtype in _DTYPES and v.is_cpu else None
-    if plan:
-        w, length = torch._weight_norm_interface(plan.matrix(v), plan.lengths(g), plan.dim)
-        if length.all():  # torch divides by the length of a row of zeros
-            return plan.tensor(w, v), length, plan
-    return by_formula(v, g, axis).detach(), None, None  # not a view, which a custom Function's result must not be
+class _Compose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        ctx.save_for_backward(v, g)
+        return by_formula(v, g, axis).detach()  # not a view, which a Function's result must not be
+
+    @staticmethod
+    def backward(ctx: Any, grad_w: Tensor) -> tuple[Tensor, Tensor, None]:
+        v, g = ctx.saved_tensors
+        return (*gradients(grad_w, v, g, ctx.axis), None)
+
+
+# Function.apply first asks about functorch, as ``compose`` has done.
+_apply: Any = super(torch.autograd.Function, _Compose).apply
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """How torch's kernels can be given a tensor: along ``dim``; of a matrix of ``size`` in its memory, or as it is."""
+class _View:
+    """How torch's kernels, which know the first and the last axis of contiguous tensors, can see a tensor.
+
+    Attributes:
+        dim: the axis they are told.
+        order: of the tensor's axes in memory; None: as they are, and nothing needs to be done.
+        shape: with the axes in that order.
+        size: then as a matrix.
+    """
 
     dim: int
-    size: tuple[int, int] | None = None
+    order: tuple[int, ...] | None = None
+    shape: tuple[int, ...] = ()
+    size: tuple[int, int] = (0, 0)
 
-    def backward(self, grad_w: Tensor, v: Tensor, g: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        if grad_w.stride() != v.stride():
-            grad_w = torch.empty_like(v).copy_(grad_w)
-        if self.size is None:
-            return _backward(grad_w, v, g, length, self.dim)
-        grad_v, grad_g = _backward(self.matrix(grad_w), self.matrix(v), self.lengths(g), length, self.dim)
-        return self.tensor(grad_v, v), grad_g.reshape(g.shape)
+    def to_matrix(self, x: Tensor) -> Tensor:
+        return x if self.order is None else x.permute(self.order).reshape(self.size)
 
-    def matrix(self, x: Tensor) -> Tensor:
-        return x if self.size is None else x.as_strided(self.size, (self.size[1], 1))
-
-    def tensor(self, matrix: Tensor, like: Tensor) -> Tensor:
-        return matrix if self.size is None else matrix.as_strided_(like.shape, like.stride())
+    def from_matrix(self, x: Tensor) -> Tensor:
+        if self.order is None:
+            return x
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return x.reshape(self.shape).permute(back)
 
     def lengths(self, g: Tensor) -> Tensor:
-        return g if self.size is None else g.reshape((-1, 1) if self.dim == 0 else (1, -1))
+        return g if self.order is None else g.reshape((-1, 1) if self.dim == 0 else (1, -1))
 
 
-_backward: Any = torch.ops.aten._weight_norm_interface_backward.default
+def _by_torch(v: Tensor, g: Tensor, view: _View) -> Tensor | None:
+    """Return the weight by torch's fused kernels, with right second derivatives; None if a vector has no direction."""
+    x, lengths = view.to_matrix(v), view.lengths(g)
+    w, norms = torch._weight_norm_interface(x, lengths, view.dim)
+    if not norms.min().item():  # it has divided by zero
+        return None
+    if w.grad_fn is not None:
+        w.grad_fn.register_hook(partial(_right_gradients, x, lengths, view.dim))
+    return view.from_matrix(w)
+
+
+def _right_gradients(
+    v: Tensor, g: Tensor, dim: int, found: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...] | None:
+    """Replace what torch ``found`` where it will be differentiated again: there torch takes ‖v‖ for constant."""
+    if not torch.is_grad_enabled():
+        return None
+    right = gradients(grads[0], v, g, Axis(dim))
+    return tuple(None if one is None else other for one, other in zip(found, right, strict=True))
 
 
 @lru_cache(maxsize=1024)
-def _plan(shape: torch.Size, stride: tuple[int, ...], axis: Axis) -> _Plan | None:
-    """Return how torch's kernels, which know the first and the last axis of contiguous tensors, can take a layout."""
+def _view(shape: torch.Size, stride: tuple[int, ...], axis: Axis) -> _View | None:
+    """Return how torch's kernels can see a layout, if they can."""
     v = torch.empty_strided(shape, stride, device="meta")
-    if v.ndim < 2 or v.numel() == 0 or axis.row_length(v) == 1 or not is_dense(v):
+    if v.ndim < 2 or v.numel() == 0 or axis.groups > 1 or axis.row_length(v) == 1 or not is_dense(v):
         return None
-    if v.is_contiguous() and axis.groups == 1 and axis.kept(v) in ((0,), (v.ndim - 1,)):
-        return _Plan(axis.kept(v)[0])
-    at = rows_of(v, v, axis)
-    if at is None:
+    kept = axis.kept(v)
+    if v.is_contiguous() and kept in ((0,), (v.ndim - 1,)):
+        return _View(kept[0])
+    order = tuple(sorted(range(v.ndim), key=lambda i: (-stride[i], i)))
+    if order[: len(kept)] == kept:
+        dim, rows = 0, [shape[i] for i in kept]
+    elif order[len(order) - len(kept) :] == kept:
+        dim, rows = 1, [shape[i] for i in kept]
+    else:
         return None
-    if at.contiguous:
-        return _Plan(0, (at.rows, at.length))
-    whole = at.row_split == at.rows and at.split == at.length
-    return _Plan(1, (at.length, at.rows)) if whole and at.row[1] == 1 and at.column[1] == at.rows else None
+    size = (prod(rows), v.numel() // prod(rows))
+    return _View(dim, order, tuple(shape[i] for i in order), size if dim == 0 else size[::-1])

@@ -90,10 +90,15 @@ def written_through(w: Tensor, origin: Origin) -> Tensor:
     """Return a weight just computed, in such a way that writes to it reach its layer."""
     if w.is_inference():  # no counter of versions
         return w
-    origin.written, origin.grad_fn = w._version, w.grad_fn
+    origin.written, origin.grad_fn = w._version, _node(w)
     w.__class__ = ComputedWeight  # last: each look at one goes through __torch_function__
     w._origin = origin  # type: ignore[attr-defined]
     return w
+
+
+def _node(w: Tensor) -> Any:
+    """Return what autograd knows of a weight; of its base, where it is a view: that of a view is made anew."""
+    return w.grad_fn if w._base is None else w._base.grad_fn
 
 
 def _computed(values: Iterable[Any], nested: bool = False) -> list[ComputedWeight]:
@@ -112,7 +117,7 @@ def _settle(weight: ComputedWeight, func: Callable[..., Any]) -> None:
     if getattr(func, "__name__", "").endswith("rnn_flatten_weight"):
         return  # cuDNN moves an RNN's weights in memory, their values stay
     whole = weight if weight._whole is None else weight._whole
-    if whole.grad_fn is not origin.grad_fn:
+    if _node(whole) is not origin.grad_fn:
         raise ValueError(
             "a weight of a weight-normalised layer is being changed in place while autograd records. Set it under "
             "torch.no_grad() or by layer.weight = ...; or compute with layer.weight.clone()"

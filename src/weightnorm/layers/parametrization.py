@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from weightnorm.axes import Axis
 from weightnorm.formula import decompose, length_floor, wide_dtype
-from weightnorm.layers.compose import compose, is_watched
+from weightnorm.layers.compose import compose, compose_unwatched, is_watched
 from weightnorm.layers.computed import Origin, written_through
 
 _V_STD = 0.05  # of the direction of a vector that has none, as the paper draws all (section 3)
@@ -37,12 +37,12 @@ class WeightNorm(nn.Module):
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """Return the weight; outside of compilers and transforms, one that writes through."""
-        w = self.weight(g, v)
+        w = compose(v, self.lengths(g), self.axis)
         return w if is_watched() or type(w) is not Tensor else written_through(w, Origin(self, g, v))
 
-    def weight(self, g: Tensor, v: Tensor) -> Tensor:
-        """Return the weight."""
-        return compose(v, g if self._buffers["log_g"] is None else g.exp(), self.axis)
+    def lengths(self, g: Tensor) -> Tensor:
+        """Return the lengths themselves."""
+        return g if self._buffers["log_g"] is None else g.exp()
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ def _getter(name: str, slow: Callable[[nn.Module], Tensor], reader: Any) -> Call
     """
 
     def read(module: nn.Module) -> Tensor:
-        if parametrize._cache_enabled or torch.compiler.is_compiling():
+        if parametrize._cache_enabled or is_watched():
             return slow(module)
         held: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
         cached: Tensor | None = held.__dict__.get("cached_weight")
@@ -99,9 +99,11 @@ def _getter(name: str, slow: Callable[[nn.Module], Tensor], reader: Any) -> Call
         tensors = held._parameters or held._buffers  # a buffer may be weight-normalised as well
         if len(held._modules) > 1 or "original0" not in tensors:  # DataParallel's replicas have plain attributes
             return slow(module)
-        ours: WeightNorm = held._modules["0"]
-        make = ours.weight if sys._getframe(1).f_code is reader else ours.forward
-        return make(tensors["original0"], tensors["original1"])
+        ours, g, v = held._modules["0"], tensors["original0"], tensors["original1"]
+        if sys._getframe(1).f_code is reader:
+            return compose_unwatched(v, ours.lengths(g), ours.axis)
+        weight: Tensor = ours.forward(g, v)
+        return weight
 
     return read
 

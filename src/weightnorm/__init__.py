@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weightnorm.optim import Adam as Adam
     from weightnorm.optim import Adamax as Adamax
     from weightnorm.optim import AdamW as AdamW
+    from weightnorm.optim import from_module_form as from_module_form
     from weightnorm.optim import param_groups as param_groups
     from weightnorm.optim import wrap as wrap
 
@@ -32,6 +33,7 @@ _HOME = {
     "Adamax": "optim",
     "wrap": "optim",
     "param_groups": "optim",
+    "from_module_form": "optim",
     "register_axis": "axes",
     "data_init": "data_dependent",
     "weight_norm": "layers",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from weightnorm.axes import Axis
+from weightnorm.layers.found import find
 from weightnorm.survey import Choice, Entry, survey
 
 Group = dict[str, Any]
@@ -81,14 +82,26 @@ def as_param_groups(params: ModelOrParams) -> Params:
     if isinstance(params, nn.ParameterList | nn.ParameterDict):
         return list(params.parameters())
     if isinstance(params, nn.Module):
-        return param_groups(params)
+        return _groups_of([params])
     if isinstance(params, Tensor):
         raise TypeError("params must be a model or an iterable of tensors or groups; got one tensor. Pass [tensor].")
     items: list[Any] = list(params)
     modules = [isinstance(item, nn.Module) for item in items]
     if any(modules) and not all(modules):
         raise TypeError("a list of models must hold nothing else; pass the other parameters with add_param_group")
-    return param_groups(items) if any(modules) else items
+    return _groups_of(items) if any(modules) else items
+
+
+def _groups_of(models: list[nn.Module]) -> ParamGroups:
+    """Return the groups of models, which are taken to be plain: weight norm twice is never meant."""
+    held = [found.whole_name for model in models for found in find(model)]
+    if held:
+        raise ValueError(
+            f"{', '.join(held[:3])}{', ...' if len(held) > 3 else ''} hold weight norm as modules already: fold them "
+            "with weightnorm.from_module_form(model), or train g and v as they are with torch.optim. To normalise the "
+            "other weights only, pass weightnorm.param_groups(model)"
+        )
+    return param_groups(models[0] if len(models) == 1 else models)
 
 
 def is_normalized(group: Group, parameter: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from weightnorm.formula import wide_dtype
 from weightnorm.optim.backends import backend_of, kernel_rule, launcher_of
 from weightnorm.optim.engine import Engine
+from weightnorm.optim.foreign import FORMAT, VERSION, as_ours
 from weightnorm.optim.fused import Fused
 from weightnorm.optim.groups import Group, ModelOrParams, as_param_groups, is_normalized
 from weightnorm.optim.options import (
@@ -127,23 +128,36 @@ class WeightNormOptimizer(torch.optim.Optimizer):
             engine.step(self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         return loss
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned, to the last bit.
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state dict, and the version of what is in it.
+
+        Returns:
+            ``state``, ``param_groups`` and ``weightnorm_format``. A normalised weight's state has ``scale``, what the
+            rule keeps for ``v`` under torch's names, the same for ``g`` under ``g.`` and the name, and ``master``, the
+            weight in float32, where its own dtype is narrower.
+        """
+        return super().state_dict() | {FORMAT: VERSION}
+
+    def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool = False) -> None:
+        """Load what ``state_dict`` returned, to the last bit; or a plain torch optimizer's, as well as can be.
 
         Args:
-            state_dict: the state of an optimizer built for the same groups.
+            state_dict: the state of an optimizer built for the same groups. If it is of one that stepped on the weights
+                themselves, its moments are projected onto ``v`` and ``g``, with a warning.
+            strict: refuse the latter.
 
         Raises:
-            ValueError: if the groups differ in number or size, or are normalised along other axes, or a CUDA graph has
-                recorded a step of this optimizer.
+            ValueError: if the groups differ in number or size, or are normalised along other axes; the state is of
+                other shapes, or a later version's; or a CUDA graph has recorded a step of this optimizer.
         """
         self._check_not_recorded()
         structure = [structure_of(group) for group in self.param_groups]
         handed: dict[str, Any] = {}
 
-        def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
-            handed.update(final)  # what the hooks before this one made of it
+        def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             check_structure(structure, final["param_groups"])
+            handed.update(as_ours(final, self.param_groups, strict))  # of what the hooks before this one made
+            return handed
 
         def restore(_: torch.optim.Optimizer) -> None:
             for ours, group in zip(structure, self.param_groups, strict=True):

@@ -80,6 +80,7 @@ def test_one_of_two_weights_can_be_folded():
     wn.fold(layer)
     assert type(layer) is nn.LSTM
     assert [n for n, _ in layer.named_parameters()] == [n for n, _ in nn.LSTM(4, 3).named_parameters()]
+    assert layer._flat_weights[0] is layer.weight_ih_l0
 
 
 def test_a_second_weight_wrapped_in_a_copy_leaves_the_model_as_it_is():

@@ -110,3 +110,5 @@ def _put(module: nn.Module, name: str, weight: Tensor) -> None:
     for other in [*order, *(other for other in parameters if other not in order)]:
         if other in parameters:
             parameters[other] = parameters.pop(other)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()  # its list of weights still has the computed ones

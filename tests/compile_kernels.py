@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from compile_compose import composed
 from weightnorm.kernels import triton_kernels, triton_step
 from weightnorm.kernels.triton_step import Shape
 
@@ -120,7 +121,8 @@ def main(backend, architecture):
     for rule in ("sgd", "adam"):
         constants = {"RULE": rule, "BLOCK": 128}
         results[f"{rule}: clock"] = report(compiled(triton_kernels.clock, constants, 4, target), target)
-    print(json.dumps(results))
+    binaries = composed(target)
+    print(json.dumps(results | {name: report(binary, target) for name, binary in binaries.items()}))
 
 
 if __name__ == "__main__":

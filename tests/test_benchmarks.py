@@ -137,7 +137,7 @@ def run(script, *arguments, out):
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     (path,) = out.iterdir()
     assert path.read_text(encoding="utf-8") == done.stdout
-    assert re.fullmatch(r"(train_)?step(_rows|_bf16)?_cpu_\d{6}\.md", path.name)
+    assert re.fullmatch(r"(compose|train_step|step(_rows)?)(_bf16)?_cpu_\d{6}\.md", path.name)
     return done.stdout
 
 
@@ -208,6 +208,19 @@ def test_train_step_reports_time_and_memory(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--bf16"]], ids=["float32", "bfloat16"])
+def test_compose_reports_layers_and_models(more, tmp_path):
+    text = run("compose.py", "--quick", *more, out=tmp_path)
+    rows, limits = table(text, "Forward and backward"), table(text, "Against the copy bandwidth")
+    assert [(row["case"], row["weights"]) for row in rows] == [("Linear 8 to 6", "48"), ("tiny", "3,456")]
+    assert all(ratio(row[arm]) > 0 for row in rows for arm in ("ours", "ours, cached"))
+    assert all(re.fullmatch(r"\d+ %", row[arm]) for row in limits for arm in list(row)[1:])
+    assert [line["arm"] for line in table(text, "Every measurement")] == [
+        "copy", "weight_norm", "ours", "ours, cached",
+    ] * 2  # fmt: skip
+
+
+@pytest.mark.slow
 def test_a_run_that_reaches_its_limit_reports_what_it_has(tmp_path):
     models = "tiny,gpt2-xl"  # the second takes longer to draw than there is time
     text = run("step.py", "--models", models, "--backends", "torch", "--limit-seconds", "6", out=tmp_path)
@@ -215,7 +228,7 @@ def test_a_run_that_reaches_its_limit_reports_what_it_has(tmp_path):
     assert "Stopped by the limit of 6 s" in text
 
 
-@pytest.mark.parametrize("script", ["step.py", "train_step.py"])
+@pytest.mark.parametrize("script", ["step.py", "train_step.py", "compose.py"])
 def test_unknown_models_are_named(script):
     command = [sys.executable, str(FOLDER / script), "--models", "tiny,gpt3"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)

@@ -9,6 +9,9 @@ from torch import nn
 
 import weightnorm as wn
 from nets import batches, conv_net, distance
+from weightnorm import formula
+from weightnorm.axes import Axis
+from weightnorm.kernels import compose
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -140,3 +143,122 @@ def test_one_optimizer_may_hold_several_devices():
     optimizer.step()
     assert not torch.equal(here, before[0])
     assert not torch.equal(there, before[1])
+
+
+LAST = torch.channels_last
+# Shape, where the vectors lie, layout; all ways that rows take through the kernels.
+WEIGHTS = {
+    "short rows": ((300, 27), Axis(0), torch.contiguous_format),
+    "rows": ((768, 768), Axis(0), torch.contiguous_format),
+    "rows of 4608": ((512, 512, 3, 3), Axis(0), torch.contiguous_format),
+    "rows walked along": ((300, 16384), Axis(0), torch.contiguous_format),
+    "rows spread": ((10, 70_000), Axis(0), torch.contiguous_format),
+    "whole tensor": ((1536, 1536), Axis(None), torch.contiguous_format),
+    "wav2vec2": ((768, 48, 128), Axis(2), torch.contiguous_format),
+    "columns": ((100, 5000), Axis(1), torch.contiguous_format),
+    "columns walked along": ((1030, 5000), Axis(1), torch.contiguous_format),
+    "transposed": ((512, 256, 16), Axis(1), torch.contiguous_format),
+    "grouped": ((256, 128, 4, 4), Axis(1, groups=4), torch.contiguous_format),
+    "channels last": ((256, 128, 3, 3), Axis(0), LAST),
+    "transposed channels last": ((256, 128, 3, 3), Axis(1), LAST),
+    "single elements": ((3000, 1), Axis(0), torch.contiguous_format),
+}
+NARROW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def to_compose(name, dtype, grad_layout=None):
+    """Return v, g, the axis, and a gradient at w."""
+    shape, axis, layout = WEIGHTS[name]
+    v, grad = (torch.randn(shape, device="cuda").to(dtype, memory_format=layout) for _ in range(2))
+    v[:1, :1] = 0
+    g = formula.decompose(axis.split(v), axis.kept(v))[1]
+    return v, g, axis, grad if grad_layout is None else grad.contiguous(memory_format=grad_layout)
+
+
+def by_formula(v, g, axis, grad):
+    split, kept = axis.split(v), axis.kept(v)
+    grad_v, grad_g = formula.pull_back(axis.split(grad), split, g, kept)
+    return formula.compose(split, g, kept).reshape(v.shape), grad_v.reshape(v.shape), grad_g
+
+
+def by_kernels(v, g, axis, grad):
+    (grad_v,), (grad_g,) = compose.backward([grad], [v], [g], [axis])
+    return compose.forward([v], [g], [axis])[0], grad_v, grad_g
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float64], ids=str)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_composed_weights_and_gradients_are_as_near_to_float64_as_torchs(name, dtype):
+    layouts = [None] if len(WEIGHTS[name][0]) != 4 else [None, LAST, torch.contiguous_format]
+    for v, g, axis, grad in (to_compose(name, dtype, layout) for layout in layouts):
+        assert compose.takes(v, g, axis)
+        for _ in range(2):  # by Triton's own way, and by the short one
+            ours = by_kernels(v, g, axis, grad)
+        truth = by_formula(v.double(), g.double(), axis, grad.double())
+        largest = [truth[0].abs().max(), truth[1].abs().max(), axis.rows(grad.double()).norm(dim=1).max()]
+        assert ours[0].stride() == ours[1].stride() == v.stride()
+        for result, torchs, true, scale in zip(ours, by_formula(v, g, axis, grad), truth, largest, strict=True):
+            error, allowed = ((x.double() - true).abs().max() for x in (result, torchs))
+            assert result.dtype == torchs.dtype
+            units = 32 if dtype == torch.float64 else 1  # where truth is no truer than torch
+            assert error <= 2 * allowed + units * torch.finfo(result.dtype).eps * scale
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_composed_together_is_alone_to_the_last_bit(dtype):
+    vs, gs, axes, grads = (list(each) for each in zip(*(to_compose(name, dtype) for name in WEIGHTS), strict=True))
+    for _ in range(2):
+        together = compose.forward(vs, gs, axes), *compose.backward(grads, vs, gs, axes)
+    for ours, *one in zip(zip(*together, strict=True), vs, gs, axes, grads, strict=True):
+        assert all(map(torch.equal, ours, by_kernels(*one)))
+
+
+def test_a_recorded_composition_replays_with_new_values():
+    vs, gs, axes, grads = (
+        list(each) for each in zip(*(to_compose(name, torch.float32) for name in WEIGHTS), strict=True)
+    )
+
+    def run():
+        return compose.forward(vs, gs, axes), *compose.backward(grads, vs, gs, axes)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run()
+    for _ in range(2):
+        for x in (*vs, *gs, *grads):
+            x.normal_()
+        graph.replay()
+        for found, expected in zip(recorded, run(), strict=True):
+            assert all(map(torch.equal, found, expected))
+        vs_elsewhere = [v.clone() for v in vs]  # other addresses in the tables that eager passes use
+        compose.forward(vs_elsewhere, gs, axes)
+
+
+def test_composing_waits_for_nothing():
+    vs, gs, axes, grads = (
+        list(each) for each in zip(*(to_compose(name, torch.float32) for name in WEIGHTS), strict=True)
+    )
+    for _ in range(2):
+        compose.forward(vs, gs, axes), compose.backward(grads, vs, gs, axes)
+    grads = [grad.clone() for grad in grads]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        compose.forward(vs, gs, axes), compose.backward(grads, vs, gs, axes)
+        by_kernels(vs[0], gs[0], axes[0], grads[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_weight_of_more_than_2_to_the_31_elements():
+    v = torch.randn(2**20 + 3, 2**11 + 8, device="cuda", dtype=torch.bfloat16)
+    g = torch.ones(len(v), 1, device="cuda")
+    w, grad_v, grad_g = by_kernels(v, g, Axis(0), v)
+    for rows in (slice(0, 5), slice(-5, None)):
+        for result, expected in zip((w, grad_v, grad_g), by_formula(v[rows], g[rows], Axis(0), v[rows]), strict=True):
+            torch.testing.assert_close(result[rows], expected, rtol=2e-2, atol=2e-2)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from weightnorm.layers.compose import compose_all
 from weightnorm.layers.computed import Origin, written_through
 from weightnorm.layers.parametrization import WeightNorm
 
@@ -42,7 +43,9 @@ def cached(model: nn.Module) -> Iterator[None]:
         torch.Size([2, 1])
     """
     held = [one for one in _holders(model) if one.__dict__.get("cached_weight") is None]
-    weights: list[Tensor] = [one() for one in held]
+    weights = compose_all(
+        [one.original1 for one in held], [one[0].lengths(one.original0) for one in held], [one[0].axis for one in held]
+    )
     leaves = [_leaf(one, weight) for one, weight in zip(held, weights, strict=True)]
     versions = _versions(held)
     for one, leaf in zip(held, leaves, strict=True):

@@ -4,6 +4,7 @@ Whoever traces, transforms or differentiates through a gradient meets ``formula`
 gets a fused forward and a fused backward: Triton's on a GPU; on the CPU torch's own where there is one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import prod
@@ -15,7 +16,9 @@ from torch.autograd import forward_ad
 
 from weightnorm import formula
 from weightnorm.axes import Axis
+from weightnorm.kernels import compose as kernels
 from weightnorm.kernels.layout import is_dense
+from weightnorm.kernels.trust import works
 
 _DTYPES = (torch.float32, torch.float64)  # of torch's kernels, as far as their results are good enough
 _PLAIN = (Tensor, nn.Parameter)  # subclasses (DTensor, FakeTensor) have their own ways
@@ -45,7 +48,27 @@ def compose_unwatched(v: Tensor, g: Tensor, axis: Axis) -> Tensor:
             return w
     if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
         return _apply(v, g, axis)
-    return by_formula(v, g, axis)
+    return _fused(v, g, axis)
+
+
+def compose_all(vs: Sequence[Tensor], gs: Sequence[Tensor], axes: Sequence[Axis]) -> list[Tensor]:
+    """Return the weights of a model; where kernels take them, by one launch forward and one backward.
+
+    Args:
+        vs: the directions.
+        gs: their lengths.
+        axes: where the vectors lie.
+    """
+    weights = list[Any]([None] * len(vs))
+    together = [i for i, (v, g, axis) in enumerate(zip(vs, gs, axes, strict=True)) if _has_kernels(v, g, axis)]
+    if len(together) > 1 and not is_watched():
+        pairs = [tensor for i in together for tensor in (vs[i], gs[i])]
+        for i, weight in zip(together, _ComposeAll.apply([axes[i] for i in together], *pairs), strict=True):
+            weights[i] = weight
+    return [
+        compose(v, g, axis) if weight is None else weight
+        for weight, v, g, axis in zip(weights, vs, gs, axes, strict=True)
+    ]
 
 
 def by_formula(v: Tensor, g: Tensor, axis: Axis) -> Tensor:
@@ -74,16 +97,55 @@ class _Compose(torch.autograd.Function):
     def forward(ctx: Any, v: Tensor, g: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
         ctx.save_for_backward(v, g)
-        return by_formula(v, g, axis).detach()  # not a view, which a Function's result must not be
+        return _fused(v, g, axis).detach()  # not a view, which a Function's result must not be
 
     @staticmethod
     def backward(ctx: Any, grad_w: Tensor) -> tuple[Tensor, Tensor, None]:
         v, g = ctx.saved_tensors
-        return (*gradients(grad_w, v, g, ctx.axis), None)
+        if torch.is_grad_enabled() or not _has_kernels(v, g, ctx.axis):  # enabled: it will be differentiated again
+            return (*gradients(grad_w, v, g, ctx.axis), None)
+        (grad_v,), (grad_g,) = kernels.backward([grad_w], [v], [g], [ctx.axis])
+        return grad_v, grad_g, None
 
 
 # Function.apply first asks about functorch, as ``compose`` has done.
 _apply: Any = super(torch.autograd.Function, _Compose).apply
+
+
+class _ComposeAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, axes: list[Axis], *pairs: Tensor) -> tuple[Tensor, ...]:
+        ctx.axes = axes
+        ctx.save_for_backward(*pairs)
+        ctx.set_materialize_grads(False)
+        return tuple(kernels.forward(pairs[::2], pairs[1::2], axes))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_ws: Tensor | None) -> tuple[Any, ...]:
+        vs, gs = ctx.saved_tensors[::2], ctx.saved_tensors[1::2]
+        if torch.is_grad_enabled():
+            members = zip(grad_ws, vs, gs, ctx.axes, strict=True)
+            found = [(None, None) if grad is None else gradients(grad, v, g, axis) for grad, v, g, axis in members]
+        else:
+            found = list(zip(*kernels.backward(grad_ws, vs, gs, ctx.axes), strict=True))
+        return (None, *(grad for pair in found for grad in pair))
+
+
+def _fused(v: Tensor, g: Tensor, axis: Axis) -> Tensor:
+    return kernels.forward([v], [g], [axis])[0] if _has_kernels(v, g, axis) else by_formula(v, g, axis)
+
+
+def _has_kernels(v: Tensor, g: Tensor, axis: Axis) -> bool:
+    return kernels.takes(v, g, axis) and works("the weight", v.device, _composes_rightly)
+
+
+def _composes_rightly(device: torch.device) -> bool:
+    """Say whether the kernels find the weight and the gradients that the formula finds."""
+    v = torch.linspace(-1, 2, 3 * 40, device=device).reshape(3, 40)
+    g, grad_w = torch.tensor([[1.0], [-2.0], [0.5]], device=device), v.flip(0, 1).cos()
+    found = kernels.forward([v], [g], [Axis(0)])[0], *map(list.pop, kernels.backward([grad_w], [v], [g], [Axis(0)]))
+    expected = by_formula(v, g, Axis(0)), *gradients(grad_w, v, g, Axis(0))
+    return all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(found, expected, strict=True))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightnorm.kernels.layout import is_dense, rows_of
 from weightnorm.kernels.step import MakeLauncher
+from weightnorm.kernels.trust import works
 from weightnorm.optim.groups import WEIGHT_DTYPES, Group, group_axis, is_normalized
 from weightnorm.optim.rules import Rule
 
@@ -33,7 +34,8 @@ def kernel_rule(rule: Rule, group: Group) -> str | None:
 def backend_of(asked: str, rule: Rule, g_rule: Rule | None, group: Group, parameter: Tensor) -> str:
     """Return the backend that steps on a parameter.
 
-    ``auto`` takes the kernels wherever they can be taken: Triton's for parameters on a GPU, numba's on the CPU.
+    ``auto`` takes the kernels wherever they can be taken: Triton's for parameters on a GPU, where they are tried once
+    on something small, numba's on the CPU.
 
     Args:
         asked: ``auto``, ``torch``, ``triton`` or ``numba``.
@@ -52,7 +54,7 @@ def backend_of(asked: str, rule: Rule, g_rule: Rule | None, group: Group, parame
         return asked
     name = asked if asked != "auto" else AUTO.get(parameter.device.type, "torch")
     reason = _why_not(name, rule, g_rule, group, parameter)
-    if not reason:
+    if not reason and (asked == name or _is_trusted(name, parameter.device)):
         return name
     if asked == name and is_normalized(group, parameter):
         raise ValueError(
@@ -60,6 +62,15 @@ def backend_of(asked: str, rule: Rule, g_rule: Rule | None, group: Group, parame
             'backend="auto" takes the kernels where they fit and torch elsewhere'
         )
     return "torch"
+
+
+def _is_trusted(name: str, device: torch.device) -> bool:
+    """Say whether kernels that nobody asked for by name may step: on a GPU they are tried first."""
+    if device.type != "cuda":
+        return True
+    from weightnorm.optim.trial import steps_rightly  # it imports what imports this
+
+    return works("the step", device, lambda device: steps_rightly(device, launcher_of(name)))
 
 
 def launcher_of(backend: str) -> MakeLauncher:

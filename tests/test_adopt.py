@@ -188,6 +188,44 @@ def test_frozen_lengths_stay_frozen():
     torch.testing.assert_close(plain_weights(leaving), plain_weights(staying), rtol=1e-11, atol=1e-12)
 
 
+def test_a_model_that_is_frozen_for_the_moment_keeps_its_axis_and_state():
+    staying, leaving = twins("ours")
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01) for model in (staying, leaving)]
+    for model, optimizer in zip((staying, leaving), optimizers, strict=True):
+        train(model, optimizer, 4)
+    leaving.requires_grad_(False)  # a GAN's critic while the generator learns
+    leaving, optimizer = wn.from_module_form(leaving, optimizers[1])
+    leaving.requires_grad_(True)
+    train(staying, optimizers[0], 10, seed=1)
+    train(leaving, optimizer, 10, seed=1)
+    wn.fold(staying)
+    torch.testing.assert_close(plain_weights(leaving), plain_weights(staying), rtol=1e-11, atol=1e-12)
+
+
+def test_lengths_that_have_taken_fewer_steps_go_on_from_theirs():
+    staying, leaving = twins("ours")
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01) for model in (staying, leaving)]
+    for model, optimizer in zip((staying, leaving), optimizers, strict=True):
+        for trains in (False, True):  # g frozen in a warm-up
+            for found in find(model):
+                found.g.requires_grad_(trains)
+            train(model, optimizer, 3)
+    leaving, optimizer = wn.from_module_form(leaving, optimizers[1])
+    train(staying, optimizers[0], 10, seed=1)
+    train(leaving, optimizer, 10, seed=1)
+    wn.fold(staying)
+    torch.testing.assert_close(plain_weights(leaving), plain_weights(staying), rtol=1e-11, atol=1e-12)
+
+
+def test_the_old_optimizer_writes_to_nothing_of_the_new():
+    model = net("ours")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train(model, optimizer, 2)
+    old = {value.data_ptr() for state in optimizer.state.values() for value in state.values()}
+    _, new = wn.from_module_form(model, optimizer)
+    assert not old & {value.data_ptr() for state in new.state.values() for value in state.values()}
+
+
 def test_a_negative_length_and_a_dead_direction():
     staying, leaving = twins("ours")
     for model in (staying, leaving):
@@ -220,19 +258,32 @@ def test_bfloat16_goes_on_from_the_unrounded_weight():
     assert not torch.equal(state["master"], layer.weight.float())
 
 
-def test_a_schedule_goes_on_when_its_state_is_loaded():
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=2),
+        lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10),
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
+    ],
+)
+def test_a_schedule_goes_on_when_its_state_is_loaded(make):
     model = net("ours")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2)
+    schedule = make(optimizer)
     for _ in range(3):
         train(model, optimizer, 1)
         schedule.step()
     model, new = wn.from_module_form(model, optimizer)
-    again = torch.optim.lr_scheduler.StepLR(new, step_size=2)
+    rates = [group["lr"] for group in new.param_groups]
+    again = make(new)
     again.load_state_dict(schedule.state_dict() | {"base_lrs": again.base_lrs})
-    for expected in (0.001, 0.001, 0.0001):
-        train(model, new, 1)
+    for group, rate in zip(new.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for _ in range(4):
+        schedule.step()
         again.step()
+        expected = optimizer.param_groups[0]["lr"]
         assert [group["lr"] for group in new.param_groups] == pytest.approx([expected] * len(new.param_groups))
 
 
@@ -287,6 +338,11 @@ REFUSALS = {
         wn.weight_norm(nn.Linear(4, 3)), lambda m: torch.optim.SGD([m.parametrizations.weight.original0], lr=0.1)
     ),
     "optimizer form already": lambda: (wn.weight_norm(nn.Linear(4, 3)), wn.SGD(nn.Linear(4, 3), lr=0.1)),
+    "differentiable": lambda: (
+        m := wn.weight_norm(nn.Linear(4, 3)),
+        torch.optim.AdamW(m.parameters(), differentiable=True),
+    ),
+    "none of the directions": lambda: (m := wn.weight_norm(nn.Linear(4, 3)), torch.optim.AdamW([m.bias])),
     "LBFGS": lambda: (m := wn.weight_norm(nn.Linear(4, 3)), torch.optim.LBFGS(m.parameters())),
 }
 

@@ -97,6 +97,8 @@ def test_a_negative_length_loads_as_a_logarithm():
         (lambda s: s | {"weight_g": torch.ones(4)}, "does not say along which axis"),
         (lambda s: s | {"weight_g": torch.ones(3, 1, 1)}, "does not say along which axis"),
         (lambda s: s | {"weight_v": torch.ones(5, 4, 3)}, "size mismatch"),
+        (lambda s: {"weight": torch.ones(3, 1, 3), "bias": s["bias"]}, "size mismatch for weight"),
+        (lambda s: {"weight": torch.ones(()), "bias": s["bias"]}, "size mismatch for weight"),
         (lambda s: {"weight_v": s["weight_v"], "bias": s["bias"]}, "Missing key"),
         (lambda s: {"weight_g": s["weight_g"], "bias": s["bias"]}, "Missing key"),
     ],

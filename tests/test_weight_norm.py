@@ -1,6 +1,7 @@
 """``weight_norm`` on containers, its options, its refusals; and ``cached``."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -150,6 +151,42 @@ def test_cached_refuses_a_step_inside():
     with pytest.raises(ValueError, match="changed inside"):
         step_inside()
     assert model.weight is not model.weight
+
+
+def test_cached_notices_tensors_that_were_replaced():
+    model = wn.weight_norm(nn.Linear(3, 2))
+    state = copy.deepcopy(model.state_dict())
+
+    def load_inside():
+        with wn.cached(model):
+            model.load_state_dict(state, assign=True)
+
+    with pytest.raises(ValueError, match="changed inside"):
+        load_inside()
+
+
+def test_a_copy_made_inside_cached_lives_on():
+    model = wn.weight_norm(nn.Linear(3, 2))
+    with wn.cached(model):
+        other = copy.deepcopy(model)
+    other(torch.ones(1, 3)).sum().backward()
+    assert other.parametrizations.weight.original0.grad is not None
+    nn.init.ones_(other.weight)
+    assert (other(torch.ones(1, 3)) - other.bias == 3).all()
+
+
+def test_several_threads_may_cache_one_model():
+    model = wn.weight_norm(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    x, expected = torch.ones(1, 8), model(torch.ones(1, 8)).detach()
+
+    def stream(_):
+        with torch.no_grad(), wn.cached(model):
+            return model(x)
+
+    with ThreadPoolExecutor(8) as pool:
+        for out in pool.map(stream, range(400)):
+            torch.testing.assert_close(out, expected)
+    assert model[0].weight is not model[0].weight
 
 
 def test_cached_lets_errors_through():

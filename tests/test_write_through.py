@@ -32,6 +32,9 @@ WRITES = {
     "no_grad chunk": torch.no_grad()(lambda layer: layer.weight.chunk(3)[1].fill_(0.7)),
     "no_grad foreach": torch.no_grad()(lambda layer: torch._foreach_mul_([layer.weight], 2.0)),
     "no_grad out=": torch.no_grad()(lambda layer: torch.mul(torch.ones(3, 4), 2.0, out=layer.weight)),
+    "inference_mode": torch.inference_mode()(lambda layer: nn.init.constant_(layer.weight, 0.3)),
+    "out= of itself": lambda layer: torch.mul(layer.weight.data, 3, out=layer.weight.data),
+    "apply_": lambda layer: layer.weight.data.apply_(lambda x: 2 * x),
     "twice": lambda layer: layer.weight.data.normal_().clamp_(-0.2, 0.2).mul_(0.5),
 }
 
@@ -132,6 +135,7 @@ def test_torchs_own_removal_works_on_it():
     nn.utils.parametrize.remove_parametrizations(layer, "weight")
     assert type(layer.weight) is nn.Parameter
     torch.testing.assert_close(layer(x), before)
+    layer.load_state_dict(nn.Linear(4, 3).state_dict())
 
 
 def test_an_own_layer_that_initialises_itself_in_its_forward_does():

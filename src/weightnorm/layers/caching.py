@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from weightnorm.layers.compose import compose_all
 from weightnorm.layers.computed import Origin, written_through
-from weightnorm.layers.parametrization import WeightNorm
+from weightnorm.layers.parametrization import CACHED, Cached, WeightNorm
 
 
 @contextmanager
@@ -42,20 +42,22 @@ def cached(model: nn.Module) -> Iterator[None]:
         >>> model.parametrizations.weight.original0.grad.shape
         torch.Size([2, 1])
     """
-    held = [one for one in _holders(model) if one.__dict__.get("cached_weight") is None]
+    held = [one for one in _holders(model) if one.__dict__.get(CACHED) is None]
     weights = compose_all(
         [one.original1 for one in held], [one[0].lengths(one.original0) for one in held], [one[0].axis for one in held]
     )
     leaves = [_leaf(one, weight) for one, weight in zip(held, weights, strict=True)]
-    versions = _versions(held)
-    for one, leaf in zip(held, leaves, strict=True):
-        one.__dict__["cached_weight"] = leaf  # past nn.Module, which would register it
+    before = _marks(held)
+    ours = [Cached(leaf) for leaf in leaves]
+    for one, cached_weight in zip(held, ours, strict=True):
+        one.__dict__[CACHED] = cached_weight  # past nn.Module, which would register it
     try:
         yield
     finally:
-        for one in held:
-            del one.__dict__["cached_weight"]
-    if _versions(held) != versions:
+        for one, cached_weight in zip(held, ours, strict=True):
+            if one.__dict__.get(CACHED) is cached_weight:  # another thread's has taken its place otherwise
+                del one.__dict__[CACHED]
+    if _marks(held) != before:
         raise ValueError(
             "g or v of a cached weight changed inside cached(): an optimizer stepped, or a weight was set. Leave the "
             "context first; gradients were dropped"
@@ -79,5 +81,7 @@ def _leaf(held: Any, weight: Tensor) -> Tensor:
     return written_through(leaf, Origin(held[0], held.original0, held.original1))
 
 
-def _versions(held: list[Any]) -> list[int]:
-    return [tensor._version for one in held for tensor in (one.original0, one.original1)]
+def _marks(held: list[Any]) -> list[tuple[int, int, int]]:
+    """Return what tells whether a tensor was written to, replaced, or given other memory."""
+    tensors = [tensor for one in held for tensor in (one.original0, one.original1)]
+    return [(id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]

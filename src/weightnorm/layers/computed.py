@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_UNCOUNTED = ("apply_", "map_")  # writes that torch does not count
 _GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
 
 
@@ -63,7 +64,8 @@ class ComputedWeight(Tensor):
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             out = args[0].detach() if func == _GET_DATA else func(*args, **(kwargs or {}))
-            for weight in _computed(args) or _computed([*args, *(kwargs or {}).values()], nested=True):
+            given = [*args, *kwargs.values()] if kwargs else args
+            for weight in _computed(given) or _computed(given, nested=True):
                 _settle(weight, func)
                 _mark_aliases(weight, out)
         return out
@@ -88,8 +90,6 @@ class ComputedWeight(Tensor):
 
 def written_through(w: Tensor, origin: Origin) -> Tensor:
     """Return a weight just computed, in such a way that writes to it reach its layer."""
-    if w.is_inference():  # no counter of versions
-        return w
     origin.written, origin.grad_fn = w._version, _node(w)
     w.__class__ = ComputedWeight  # last: each look at one goes through __torch_function__
     w._origin = origin  # type: ignore[attr-defined]
@@ -111,10 +111,11 @@ def _computed(values: Iterable[Any], nested: bool = False) -> list[ComputedWeigh
 def _settle(weight: ComputedWeight, func: Callable[..., Any]) -> None:
     """Let the layer adopt a weight that an operation has changed."""
     origin = weight._origin
-    if weight._version == origin.written and func != _SET_DATA:
+    name = getattr(func, "__name__", "")
+    if weight._version == origin.written and func != _SET_DATA and name not in _UNCOUNTED:
         return
     origin.written = weight._version
-    if getattr(func, "__name__", "").endswith("rnn_flatten_weight"):
+    if name.endswith("rnn_flatten_weight"):
         return  # cuDNN moves an RNN's weights in memory, their values stay
     whole = weight if weight._whole is None else weight._whole
     if _node(whole) is not origin.grad_fn:

@@ -40,7 +40,8 @@ def _respell(
 ) -> None:
     """Rewrite a checkpoint's entries for the weights of one layer as the layer has them."""
     errors = reports[-1]
-    for name, parts in module.parametrizations.items():  # type: ignore[operator, union-attr]
+    # Torch's remove_parametrizations leaves this hook behind.
+    for name, parts in getattr(module, "parametrizations", {}).items():
         if not isinstance(parts[0], WeightNorm):
             continue
         inside = f"{prefix}parametrizations.{name}."
@@ -49,7 +50,13 @@ def _respell(
         if all(key in state for key in legacy):
             for key, old in zip(keys, legacy, strict=True):
                 state[key] = state.pop(old)
-        if prefix + name in state:
+        plain = state.get(prefix + name)
+        if plain is not None and plain.shape != parts.original1.shape:
+            errors.append(
+                f"size mismatch for {prefix}{name}: {tuple(plain.shape)} in the checkpoint, "
+                f"{tuple(parts.original1.shape)} in the model"
+            )
+        elif plain is not None:
             state[keys[0]], state[keys[1]] = parts[0].right_inverse(state.pop(prefix + name))
         elif all(key in state for key in keys):
             is_log = state.pop(f"{inside}0.log_g", None) is not None

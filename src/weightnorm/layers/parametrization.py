@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,8 +38,12 @@ class WeightNorm(nn.Module):
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """Return the weight; outside of compilers and transforms, one that writes through."""
-        w = compose(v, self.lengths(g), self.axis)
-        return w if is_watched() or type(w) is not Tensor else written_through(w, Origin(self, g, v))
+        if is_watched() or g.is_inference():
+            return compose(v, self.lengths(g), self.axis)
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            # In inference mode nothing would count the writes to it.
+            w = compose(v, self.lengths(g), self.axis)
+            return w if type(w) is not Tensor else written_through(w, Origin(self, g, v))
 
     def lengths(self, g: Tensor) -> Tensor:
         """Return the lengths themselves."""
@@ -72,6 +77,21 @@ def _logarithm(g: Tensor) -> Tensor:
     return g.log()
 
 
+CACHED = "cached_weight"  # where the holder of g and v has a weight that was composed beforehand
+
+
+class Cached:
+    """A weight composed beforehand, for this holder alone: a deep copy of the holder has none."""
+
+    __slots__ = ("weight",)
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+
+    def __deepcopy__(self, _: Any) -> None:
+        return None
+
+
 def attach(module: nn.Module, name: str, parametrization: WeightNorm) -> None:
     """Register the parametrization, with a property that reads the weight faster than torch's chain of modules."""
     if parametrize.is_parametrized(module):
@@ -93,9 +113,9 @@ def _getter(name: str, slow: Callable[[nn.Module], Tensor], reader: Any) -> Call
         if parametrize._cache_enabled or is_watched():
             return slow(module)
         held: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
-        cached: Tensor | None = held.__dict__.get("cached_weight")
+        cached: Cached | None = held.__dict__.get(CACHED)
         if cached is not None:
-            return cached
+            return cached.weight
         tensors = held._parameters or held._buffers  # a buffer may be weight-normalised as well
         if len(held._modules) > 1 or "original0" not in tensors:  # DataParallel's replicas have plain attributes
             return slow(module)

@@ -17,6 +17,7 @@ from weightnorm.optim import optimizers
 from weightnorm.optim.coordinates import LENGTH, MASTER, SCALE, State
 from weightnorm.optim.groups import Group
 from weightnorm.optim.optimizer import WeightNormOptimizer
+from weightnorm.optim.options import check_options
 from weightnorm.optim.rules import check_rule, default_options
 
 ModelOrModels = TypeVar("ModelOrModels", bound=nn.Module | Sequence[nn.Module])
@@ -45,14 +46,14 @@ def from_module_form(
     """Fold the module form, and go on training in the optimizer form where the run is now.
 
     ``g`` and ``v`` become ``w = g v/‖v‖`` in the model, and ``scale = g/‖v‖`` and their moments in the optimizer, which
-    then moves ``w`` as the old one would have moved it, to rounding. The module form may be ours, torch's
-    parametrization or torch's old hooks.
+    then moves ``w`` as the old one would have moved it, to rounding; but for zero vectors, whose direction ``w`` does
+    not have: they take a plain step. The module form may be ours, torch's parametrization or torch's old hooks.
 
     Args:
         model: a model, or several under one optimizer (a GAN's discriminators); changed in place.
         optimizer: what trains it, with its state: any of torch's that step on each parameter by its own gradient and
             state. It holds parameters that are no longer the model's afterwards; so does a learning rate scheduler of
-            its: load its ``state_dict()`` into one built on the new optimizer. None: the model is folded, no more.
+            its (docs/optimizer.md has how to go on). None: the model is folded, no more.
 
     Returns:
         The model, and the new optimizer: ``SGD``, ``Adam``, ``AdamW`` or ``Adamax`` of this library for torch's of that
@@ -89,6 +90,12 @@ def from_module_form(
         return model, None
     maker = _maker(optimizer)
     weights = _weights(found, optimizer)
+    for group in optimizer.param_groups:
+        check_options(group)
+    if all(weight.group is None for weight in weights):
+        raise ValueError(
+            "none of the directions v in these models is in a group of the optimizer; pass the one that has them"
+        )
     for one in models:
         fold(one)
     groups, states = _groups(weights, optimizer)
@@ -125,9 +132,10 @@ def _weights(found: list[Found], optimizer: torch.optim.Optimizer) -> list[_Weig
     weights = []
     for places in shared.values():
         one = places[0]
-        g_index = index_of.get(one.g) if one.g.requires_grad else None
-        v_index = index_of.get(one.v) if one.v.requires_grad else None
-        if v_index is None and g_index is not None:
+        g_index, v_index = index_of.get(one.g), index_of.get(one.v)
+        if one.v.requires_grad and not one.g.requires_grad:
+            g_index = None  # frozen; where both are, that may be for the moment, as a GAN's critic is
+        if g_index is not None and (v_index is None or one.g.requires_grad > one.v.requires_grad):
             raise ValueError(f"{one.whole_name}: v is frozen or in no group, and g is trained; no group can say that")
         weight = _Weight(places, v_index)
         if v_index is not None:
@@ -179,16 +187,21 @@ def _state(one: Found, of_v: State, of_g: State) -> State:
     v, g = one.v.detach().to(wide), one.lengths().detach().to(wide)
     length, alive = row_lengths(one.axis.split(v), one.axis.kept(v))
     state: State = {SCALE: torch.where(alive, g.reshape(length.shape) / length, 0)}
-    state |= {name: value.clone() if isinstance(value, Tensor) else value for name, value in of_v.items()}
+    state |= _copied(of_v)
     for name, value in of_g.items():
         counts = (
             isinstance(of_v.get(name), Tensor) and of_v[name].ndim == 0
         )  # a g for a whole tensor has no axes either
         is_array = isinstance(value, Tensor) and value.shape == one.g.shape and not counts
-        state[LENGTH + name] = value.reshape(length.shape).clone() if is_array else value
+        state |= _copied({LENGTH + name: value.reshape(length.shape) if is_array else value})
     if wide != one.v.dtype:
         state[MASTER] = by_formula(v, g, one.axis)
     return state
+
+
+def _copied(state: State) -> State:
+    """Return a state that the old optimizer does not write to."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def _groups(weights: list[_Weight], optimizer: torch.optim.Optimizer) -> tuple[list[Group], list[State]]:
@@ -205,7 +218,7 @@ def _groups(weights: list[_Weight], optimizer: torch.optim.Optimizer) -> tuple[l
                 continue
             weight = of_v.get(parameter)
             options = weight.options if weight else {"weight_norm": False}
-            state = weight.state if weight else optimizer.state.get(parameter, {})
+            state = weight.state if weight else _copied(optimizer.state.get(parameter, {}))
             key = tuple(sorted(options.items(), key=str))
             if key not in made:
                 made[key] = len(groups)

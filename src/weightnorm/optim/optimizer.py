@@ -11,6 +11,7 @@ from torch import Tensor
 
 from weightnorm.formula import wide_dtype
 from weightnorm.optim.backends import backend_of, kernel_rule, launcher_of
+from weightnorm.optim.coordinates import LENGTH, SCALE, State
 from weightnorm.optim.engine import Engine
 from weightnorm.optim.foreign import FORMAT, VERSION, as_ours
 from weightnorm.optim.fused import Fused
@@ -209,6 +210,8 @@ class WeightNormOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 name = backend_of(self._backend, self._rule, self._g_rule, group, parameter)
+                if name != "torch" and _counts_apart(self.state.get(parameter, {})):
+                    name = "torch"  # kernels correct the bias of g's moments by v's count
                 found.setdefault(name, []).append((parameter, index))
         engines: list[Engine | Fused] = []
         for name, parameters in found.items():
@@ -272,6 +275,12 @@ def _shape_of(groups: list[Group]) -> list[Any]:
         )
         for group in groups
     ]
+
+
+def _counts_apart(state: State) -> bool:
+    """Say whether v and g have taken different numbers of steps, as they may have in module form."""
+    of_v, of_g = state.get("step"), state.get(f"{LENGTH}step", 0)
+    return SCALE in state and of_v is not None and float(of_v) != float(of_g)
 
 
 def _tell(line: str) -> None:

@@ -26,7 +26,7 @@ def steps_rightly(device: torch.device, make_launcher: MakeLauncher) -> bool:
     """
 
     def weight() -> tuple[nn.Parameter, list[Group], dict[Tensor, State]]:
-        made = nn.Parameter(torch.linspace(-1, 2, 3 * 40, device=device).reshape(3, 40))
+        made = nn.Parameter(torch.linspace(-1, 2, 3 * 40, device=device, dtype=torch.float32).reshape(3, 40))
         made.grad = made.detach().flip(0, 1).cos()
         return made, [default_options(_RULE) | _OPTIONS | {"groups": 1, "params": [made]}], {made: {}}
 

@@ -18,14 +18,14 @@ from arms import WARM_UP, Case, normalised
 from report import Report, Table, chosen, common_options, milliseconds, progress, ratio, spread
 from shapes import STEPPED, Build
 from timing import Arm, Failure, Stopwatch, Times, attempt, copy_arm, free_memory, time_in_turn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import weightnorm as wn
 
 TORCH, OURS, CACHED, COPY = "weight_norm", "ours", "ours, cached", "copy"
 CAPTURED = ", captured"
-Wrap = Callable[[nn.Module, str], object]
+Wrap = Callable[[nn.Module], object]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,28 @@ MODELS = {name: Subject(title, build) for name, (title, build) in STEPPED.items(
 SUBJECTS = LAYERS | MODELS
 
 
+class Probe:
+    """An input that gets a layer's weight for its output: the weight is read as the layer's own forward reads it."""
+
+    @classmethod
+    def __torch_function__(cls, func: object, types: object, args: tuple[Tensor, ...], kwargs: object = None) -> Tensor:
+        return args[1]
+
+
+class Use(torch.autograd.Function):
+    """Stands for what a model does with its weights: takes them, and gives gradients for them; nothing is computed."""
+
+    @staticmethod
+    def forward(ctx, gradients: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return torch.empty((), device=gradients[0].device)
+
+    @staticmethod
+    def backward(ctx, _: Tensor) -> tuple[Tensor | None, ...]:
+        # Each a tensor of its own, as a layer's would be: what autograd is to keep it then need not copy.
+        return None, *(gradient.detach() for gradient in ctx.gradients)
+
+
 class Form:
     """Weight normalization as a form of the module, on a model of its own.
 
@@ -63,7 +85,7 @@ class Form:
 
     Args:
         case: whose model and gradients.
-        wrap: normalises a layer's weight.
+        wrap: normalises a layer's weight, which is all that the layer has to normalise.
         context: in which a pass runs, made from the model.
     """
 
@@ -73,17 +95,18 @@ class Form:
         model = case.model()
         gradient_of = dict(zip(model.parameters(), case.gradients[0], strict=True))
         found = normalised(model)
-        self._layers = [(layer, name) for layer, name, _ in found]
+        self._layers = [layer for layer, _, _ in found]
         self._gradients = [gradient_of[parameter] for _, _, parameter in found]
-        for layer, name in self._layers:
-            wrap(layer, name)
+        for layer in self._layers:
+            wrap(layer)
         self._parameters = list(model.parameters())
         self._context = partial(context, model)
+        self._probe, self._one = Probe(), torch.ones((), device=self._gradients[0].device)
 
     def run(self) -> None:
         """Make all weights and pull their gradients back."""
         with self._context():
-            torch.autograd.backward([getattr(layer, name) for layer, name in self._layers], self._gradients)
+            Use.apply(self._gradients, *(layer.forward(self._probe) for layer in self._layers)).backward(self._one)
 
     def forget(self) -> None:
         """Drop the gradients of the pass before."""

@@ -11,7 +11,7 @@ import triton.language as tl
 import oracle
 from weightnorm import formula
 from weightnorm.axes import Axis
-from weightnorm.kernels import compose, compose_launches, compose_tiles, tables, triton_compose
+from weightnorm.kernels import compose, compose_launches, compose_tiles, compose_together, tables, triton_compose
 from weightnorm.kernels.compose_tiles import Kind, chunks_of, tile_of
 
 LAST = torch.channels_last
@@ -165,6 +165,16 @@ def test_beside_the_numpy_oracle(name, way, take):
     np.testing.assert_allclose(grad_g.flatten(), expected_g, rtol=1e-12, atol=1e-14)
 
 
+def test_a_direction_may_come_back_in_another_layout(monkeypatch):
+    """As of ``torch.autograd.graph.save_on_cpu``."""
+    monkeypatch.setattr(compose, "HOMES", {"cpu"})
+    v, g, axis, grad = example("channels last")
+    found = compose.one(v, g, axis).backward(grad, v.contiguous(), g)
+    assert found[0].stride() == v.stride()
+    for result, expected in zip(found, by_formula(v, g, axis, grad)[1:], strict=True):
+        torch.testing.assert_close(result, expected)
+
+
 @pytest.mark.parametrize(
     ("dtype", "g_dtype", "grad_dtype"),
     [
@@ -236,7 +246,7 @@ def test_nothing_outside_a_tensor_is_read_or_written(name, way, take):
     """All five arrays lie between NaN: one element read or written too far would show."""
     take(way)
     v, g, axis, grad = example(name)
-    grad = compose._described(grad, v, axis)
+    grad = compose_tiles.described(grad, v, axis)
     rooms, inside = [], []
     for x in (v, g, grad, v, g):
         span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
@@ -247,12 +257,10 @@ def test_nothing_outside_a_tensor_is_read_or_written(name, way, take):
         once = tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())
         there[once].copy_(x[once])
     expected = by_formula(v, g, axis, grad)
-    fields = compose._fields(inside[0], inside[1], axis, inside[2], aligned=True, back=True)
-    compose._alone(fields)(*(x.data_ptr() for x in inside))
+    compose_launches.Pass(Kind(*compose._kind(v, g, axis, inside[2])))(*(x.data_ptr() for x in inside))
     torch.testing.assert_close(inside[3], expected[1])
     torch.testing.assert_close(inside[4], expected[2])
-    fields = compose._fields(inside[0], inside[1], axis, inside[0], aligned=True, back=False)
-    compose._alone(fields)(*(inside[i].data_ptr() for i in (0, 1, 0, 3, 1)))
+    compose_launches.Pass(Kind(*compose._kind(v, g, axis, None)))(*(inside[i].data_ptr() for i in (0, 1, 0, 3, 1)))
     torch.testing.assert_close(inside[3], expected[0])
     for room in rooms:
         assert room[:32].isnan().all()
@@ -270,7 +278,7 @@ def counted(monkeypatch):
     """Count launches by kernel, uploads of tables, and how often these are made."""
     made = {"launches": 0, "uploads": 0, "tables": 0}
 
-    def launch(self, *arguments, original=compose_launches._Launch.__call__):
+    def launch(self, *arguments, original=compose_launches.Launch.__call__):
         made["launches"] += 1
         return original(self, *arguments)
 
@@ -278,13 +286,13 @@ def counted(monkeypatch):
         made["uploads"] += 1
         return original(upload, host)
 
-    def make(self, kinds, original=compose_launches.Together.__init__):
+    def make(self, kinds, original=compose_together.Together.__init__):
         made["tables"] += 1
         return original(self, kinds)
 
-    monkeypatch.setattr(compose_launches._Launch, "__call__", launch)
+    monkeypatch.setattr(compose_launches.Launch, "__call__", launch)
     monkeypatch.setattr(tables.Upload, "_send", send)
-    monkeypatch.setattr(compose_launches.Together, "__init__", make)
+    monkeypatch.setattr(compose_together.Together, "__init__", make)
     return made
 
 
@@ -391,10 +399,10 @@ def recording(monkeypatch):
     """Let the CPU pass for a GPU on which a CUDA graph is being recorded; what a replay does cannot be tested so."""
 
     def record(on):
-        for module in (tables, compose_launches):
+        for module in (tables, compose_together):
             monkeypatch.setattr(module, "is_recording", lambda device: on)
 
-    monkeypatch.setattr(compose_launches, "_recorded", [])
+    monkeypatch.setattr(compose_together, "_recorded", [])
     return record
 
 
@@ -407,7 +415,7 @@ def test_a_graph_has_tables_that_nothing_rewrites(recording):
     compose.forward(vs, gs, axes), compose.backward(grads, vs, gs, axes)
     recording(True)
     compose.forward(vs, gs, axes)
-    (forward,) = compose_launches._recorded
+    (forward,) = compose_together._recorded
     (table,) = forward._addresses._recorded
     assert table is forward._addresses._table
     compose.backward(grads, vs, gs, axes)
@@ -417,7 +425,7 @@ def test_a_graph_has_tables_that_nothing_rewrites(recording):
     compose.forward(vs, gs, axes)
     assert torch.equal(table, before)
     assert table is not forward._addresses._table
-    assert len(compose_launches._recorded) == 2
+    assert len(compose_together._recorded) == 2
 
 
 def test_the_second_launch_calls_the_compiled_kernel_with_the_same_arguments():
@@ -437,7 +445,7 @@ def test_the_second_launch_calls_the_compiled_kernel_with_the_same_arguments():
 
             return run
 
-    launch = compose_launches._Launch(Kernel(), 5, [(1, 2)], {"ROWS": 3, "BLOCK": 4, "WALK": True})
+    launch = compose_launches.Launch(Kernel(), 5, [(1, 2)], {"ROWS": 3, "BLOCK": 4, "WALK": True})
     launch(7)
     launch(8)
     assert calls == [("jit", (5, 1, 1), (7, (1, 2), 4, 3)), ("compiled", (5, 1, 1), (8, (1, 2), 4, 3))]
@@ -464,13 +472,16 @@ def test_what_the_kernels_take(monkeypatch):
         "elsewhere": (v, g.to("meta"), axis),
     }
     assert [name for name, one in refused.items() if compose.takes(*one)] == []
-    monkeypatch.setattr(compose, "_is_installed", lambda: False)
+    forget()
+    monkeypatch.setattr(compose.importlib.util, "find_spec", lambda name: None)
     assert not compose.takes(v, g, axis)
 
 
-def kind(shape, axis, dtype=torch.float32, grad_stride=None, aligned=True):
+def kind(shape, axis, dtype=torch.float32, aligned=True):
     v, g = torch.empty(shape, dtype=dtype, device="meta"), torch.empty(1)
-    return Kind(v.shape, v.stride(), dtype, g.shape, g.dtype, axis, v.device, aligned, v.stride(), dtype, True)
+    return Kind(
+        v.shape, v.stride(), dtype, v.device, g.shape, g.dtype, axis.dim, axis.groups, aligned, v.stride(), dtype
+    )
 
 
 def test_tiles_of_known_weights():

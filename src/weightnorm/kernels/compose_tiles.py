@@ -4,9 +4,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from weightnorm.axes import Axis
-from weightnorm.formula import wide_dtype
+from weightnorm.formula import Dim, wide_dtype
 from weightnorm.kernels.layout import Layout, is_dense, rows_of
 
 # Elements are counted in float32. The numbers are reasoned: from the registers that the kernels take, at most half of
@@ -29,19 +30,19 @@ class Kind(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
     g_shape: torch.Size
     g_dtype: torch.dtype
-    axis: Axis
-    device: torch.device
-    aligned: bool  # v and the gradient begin at multiples of 16 bytes
-    grad_stride: tuple[int, ...]  # v's own, on the way forward
-    grad_dtype: torch.dtype
-    back: bool
+    dim: Dim  # of the axis
+    groups: int
+    aligned: bool = True  # v and the gradient begin at multiples of 16 bytes
+    grad_stride: tuple[int, ...] | None = None  # None: there is no gradient, the weight is to be composed
+    grad_dtype: torch.dtype | None = None
 
     @property
     def at(self) -> Layout:
         """Where the rows lie."""
-        at = layout_of(self.shape, self.stride, self.grad_stride, self.axis)
+        at = layout_of(self.shape, self.stride, self.grad_stride or self.stride, Axis(self.dim, self.groups))
         assert at is not None
         return at
 
@@ -69,6 +70,14 @@ def layout_of(shape: torch.Size, stride: tuple[int, ...], grad_stride: tuple[int
     return at if at is not None and max(at.rows, at.length) <= _MOST else None
 
 
+def described(grad: Tensor, v: Tensor, axis: Axis) -> Tensor:
+    """Return a gradient in a layout that the kernels can follow: a copy in that of ``v``, if it must be."""
+    stride, v_stride = grad.stride(), v.stride()
+    if stride == v_stride or layout_of(v.shape, v_stride, stride, axis) is not None:
+        return grad
+    return torch.empty_like(v, dtype=grad.dtype).copy_(grad)
+
+
 def tile_of(kind: Kind) -> Tile:
     """Choose the tile for a weight's rows."""
     at, words = kind.at, wide_dtype(kind.dtype).itemsize // 4
@@ -86,7 +95,7 @@ def tile_of(kind: Kind) -> Tile:
 
 def _vector(kind: Kind, across: bool) -> int:
     """Return how many elements at a time lie side by side from a multiple of 16 bytes on in every array, or 1."""
-    at, vector = kind.at, 16 // min(kind.dtype.itemsize, kind.grad_dtype.itemsize)
+    at, vector = kind.at, 16 // min(kind.dtype.itemsize, (kind.grad_dtype or kind.dtype).itemsize)
     rows, columns = (at.row_split, at.row, at.grad_row), (at.split, at.column, at.grad_column)
     (size, *fast), (_, *slow) = (rows, columns) if across else (columns, rows)
     side_by_side = all(inner == 1 for _, inner in fast)

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 from arms import WARM_UP, Case, normalised
-from report import Report, Table, chosen, common_options, milliseconds, progress, ratio, spread
+from report import Report, Table, chosen, common_options, milliseconds, progress, spread
 from shapes import STEPPED, Build
 from timing import Arm, Failure, Stopwatch, Times, attempt, copy_arm, free_memory, time_in_turn
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations
 
 import weightnorm as wn
 
-TORCH, OURS, CACHED, COPY = "weight_norm", "ours", "ours, cached", "copy"
+PLAIN, TORCH, OURS, CACHED, COPY = "plain", "weight_norm", "ours", "ours, cached", "copy"
 CAPTURED = ", captured"
 Wrap = Callable[[nn.Module], object]
 
@@ -80,8 +80,8 @@ class Use(torch.autograd.Function):
 class Form:
     """Weight normalization as a form of the module, on a model of its own.
 
-    A pass makes every normalised weight, and takes gradients, the same for all forms, back to v and g: what a training
-    step does more than on a plain model.
+    A pass reads every normalised weight, and takes gradients, the same for all forms, back to what is trained: v and g,
+    or in a plain model the weights themselves.
 
     Args:
         case: whose model and gradients.
@@ -143,6 +143,7 @@ def forms_of(subject: Subject) -> dict[str, Callable[[Case], Form]]:
     given = {} if subject.dim is None else {"dim": subject.dim}
     ours = partial(wn.weight_norm, **given)
     return {
+        PLAIN: partial(Form, wrap=lambda layer: layer),
         TORCH: partial(Form, wrap=partial(parametrizations.weight_norm, **given)),
         OURS: partial(Form, wrap=ours),
         CACHED: partial(Form, wrap=ours, context=wn.cached),
@@ -155,7 +156,7 @@ def times_of(subject: Subject, case: Case, options: argparse.Namespace, until: f
     for name, make in forms_of(subject).items():
         form = attempt(partial(make, case))
         arms[name] = form if isinstance(form, Failure) else attempt(form.eager)
-        if isinstance(form, Form) and options.device.type == "cuda":
+        if isinstance(form, Form) and options.device.type == "cuda" and name != PLAIN:  # in which is no kernel
             arms[name + CAPTURED] = attempt(form.captured)
     for name, arm in arms.items():
         if isinstance(arm, Failure):
@@ -164,11 +165,13 @@ def times_of(subject: Subject, case: Case, options: argparse.Namespace, until: f
 
 
 def cell(name: str, times: dict[str, Times | Failure]) -> str:
-    """Return an arm's time, and its ratio to torch's, eager to eager and captured to captured."""
-    base = TORCH + (CAPTURED if name.endswith(CAPTURED) else "")
-    if name == base:
-        return milliseconds(times.get(name))
-    return f"{milliseconds(times.get(name))} ({ratio(times.get(name), times.get(base))})"
+    """Return an arm's time, and its ratio to torch's: eager, of what each takes more than plain; captured, of all."""
+    end = CAPTURED if name.endswith(CAPTURED) else ""
+    taken, base, plain = times.get(name), times.get(TORCH + end), times.get(PLAIN + end)
+    if name in (PLAIN, TORCH + end) or not isinstance(taken, Times) or not isinstance(base, Times):
+        return milliseconds(taken)
+    floor = plain.median if isinstance(plain, Times) else 0.0
+    return f"{milliseconds(taken)} ({(taken.median - floor) / (base.median - floor):.2f})"
 
 
 def of_limit(name: str, case: Case, weights: int, times: dict[str, Times | Failure], copied: int) -> str:
@@ -182,13 +185,11 @@ def of_limit(name: str, case: Case, weights: int, times: dict[str, Times | Failu
 
 def measure(options: argparse.Namespace) -> None:
     """Fill the tables, subject by subject."""
-    names = [TORCH, OURS, CACHED]
-    if options.device.type == "cuda":
-        names += [name + CAPTURED for name in names]
-    note = (
-        "All weights from (v, g), and their gradients to (v, g). In brackets the ratio to torch's weight_norm, eager "
-    )
-    passes = Table("Forward and backward", note + "to eager and captured to captured.", ["case", "weights", *names])
+    forms = [TORCH, OURS, CACHED]
+    names = forms + ([name + CAPTURED for name in forms] if options.device.type == "cuda" else [])
+    note = "All weights from (v, g), and their gradients to (v, g); plain: neither, only what all have in common. In "
+    note += "brackets the ratio to torch's weight_norm: eager, of what each takes more than plain; captured, of all."
+    passes = Table("Forward and backward", note, ["case", "weights", PLAIN, *names])
     note = "Bytes to be moved, 5 times those of the weights, over the copy bandwidth, as a share of the time taken."
     limits = Table("Against the copy bandwidth", note, ["case", *names])
     note = "Milliseconds; n measurements of each arm, in turn. By events: between the device's events, median."
@@ -206,7 +207,7 @@ def measure(options: argparse.Namespace) -> None:
                 continue
             times = times_of(subject, case, options, report.share(len(subjects) - index))
             weights = sum(parameter.numel() for _, _, parameter in normalised(case.model()))
-            passes.rows.append([subject.title, f"{weights:,}", *(cell(name, times) for name in names)])
+            passes.rows.append([subject.title, f"{weights:,}", *(cell(name, times) for name in (PLAIN, *names))])
             limits.rows.append(
                 [subject.title, *(of_limit(name, case, weights, times, options.copy_bytes) for name in names)]
             )

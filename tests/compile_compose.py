@@ -78,7 +78,7 @@ def composed(target):
     binaries = {}
     for name, weight in {**{name: [weight] for name, weight in weights().items()}, "HiFi-GAN": hifigan()}.items():
         vs, axes, grads = zip(*((v, axis, *(grad or (v,))) for v, axis, *grad in weight), strict=True)
-        gs = [torch.empty(1)] * len(vs)  # which nothing reads
+        gs = [torch.empty(v.numel() // axis.row_length(v)) for v, axis in zip(vs, axes, strict=True)]
         passes = partial(compose.forward, vs, gs, axes), partial(compose.backward, grads, vs, gs, axes)
         for way, run in zip(("forward", "backward"), passes, strict=True):
             for kernel in KERNELS:

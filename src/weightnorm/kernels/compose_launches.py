@@ -57,8 +57,7 @@ class Alone:
     def forward(self, v: Tensor, g: Tensor) -> Tensor:
         """Return the weight."""
         w, at, g_at = torch.empty_like(v), v.data_ptr(), g.data_ptr()
-        key = at % 16 == 0, None, None
-        run = self._passes.get(key) or self._pass(key)
+        run = self._pass(at % 16 == 0, None, None)
         run(at, g_at, at, w.data_ptr(), g_at)  # the kernel reads no gradient and writes none
         return w
 
@@ -68,14 +67,16 @@ class Alone:
             v = torch.empty_strided(v.shape, self._kind.stride, dtype=v.dtype, device=v.device).copy_(v)
         grad = described(grad, v, self._axis)
         grad_v, grad_g, at, grad_at = torch.empty_like(v), torch.empty_like(g), v.data_ptr(), grad.data_ptr()
-        key = (at | grad_at) % 16 == 0, grad.stride(), grad.dtype
-        run = self._passes.get(key) or self._pass(key)
+        run = self._pass((at | grad_at) % 16 == 0, grad.stride(), grad.dtype)
         run(at, g.data_ptr(), grad_at, grad_v.data_ptr(), grad_g.data_ptr())
         return grad_v, grad_g
 
-    def _pass(self, key: Any) -> "Pass":
-        self._passes[key] = made = Pass(Kind(*self._kind[:-3], *key))
-        return made
+    def _pass(self, *key: Any) -> "Pass":
+        """Return what does weights and gradients with these last fields of ``Kind``."""
+        found = self._passes.get(key)
+        if found is None:
+            found = self._passes[key] = Pass(Kind(*self._kind[:-3], *key))
+        return found
 
 
 class Pass:

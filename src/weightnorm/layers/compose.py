@@ -157,12 +157,14 @@ class _View:
         order: of the tensor's axes in memory; None: as they are, and nothing needs to be done.
         shape: with the axes in that order.
         size: then as a matrix.
+        copies: whether that is another order than the memory's, so that it takes a copy each way.
     """
 
     dim: int
     order: tuple[int, ...] | None = None
     shape: tuple[int, ...] = ()
     size: tuple[int, int] = (0, 0)
+    copies: bool = False
 
     def to_matrix(self, x: Tensor) -> Tensor:
         return x if self.order is None else x.permute(self.order).reshape(self.size)
@@ -171,7 +173,8 @@ class _View:
         if self.order is None:
             return x
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return x.reshape(self.shape).permute(back)
+        w = x.reshape(self.shape).permute(back)
+        return w.contiguous() if self.copies else w
 
     def lengths(self, g: Tensor) -> Tensor:
         return g if self.order is None else g.reshape((-1, 1) if self.dim == 0 else (1, -1))
@@ -208,11 +211,12 @@ def _view(shape: torch.Size, stride: tuple[int, ...], axis: Axis) -> _View | Non
     if v.is_contiguous() and kept in ((0,), (v.ndim - 1,)):
         return _View(kept[0])
     order = tuple(sorted(range(v.ndim), key=lambda i: (-stride[i], i)))
-    if order[: len(kept)] == kept:
-        dim, rows = 0, [shape[i] for i in kept]
-    elif order[len(order) - len(kept) :] == kept:
-        dim, rows = 1, [shape[i] for i in kept]
-    else:
+    rows = prod(shape[i] for i in kept)
+    size = (rows, v.numel() // rows)
+    if order[len(order) - len(kept) :] == kept and kept:
+        return _View(1, order, tuple(shape[i] for i in order), size[::-1])
+    copies = order[: len(kept)] != kept
+    if copies and not v.is_contiguous():
         return None
-    size = (prod(rows), v.numel() // prod(rows))
-    return _View(dim, order, tuple(shape[i] for i in order), size if dim == 0 else size[::-1])
+    order = (*kept, *(i for i in order if i not in kept))
+    return _View(0, order, tuple(shape[i] for i in order), size, copies)

@@ -140,12 +140,16 @@ def _has_kernels(v: Tensor, g: Tensor, axis: Axis) -> bool:
 
 
 def _composes_rightly(device: torch.device) -> bool:
-    """Say whether the kernels find the weight and the gradients that the formula finds."""
+    """Say whether the kernels find the weight and the gradients that the formula finds, for one weight and for two."""
     v = torch.linspace(-1, 2, 3 * 40, device=device, dtype=torch.float32).reshape(3, 40)
     g, grad_w = torch.tensor([[1.0], [-2.0], [0.5]], device=device, dtype=v.dtype), v.flip(0, 1).cos()
-    found = kernels.forward([v], [g], [Axis(0)])[0], *map(list.pop, kernels.backward([grad_w], [v], [g], [Axis(0)]))
     expected = by_formula(v, g, Axis(0)), *gradients(grad_w, v, g, Axis(0))
-    return all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(found, expected, strict=True))
+    for count in (1, 2):
+        given = [v] * count, [g] * count, [Axis(0)] * count
+        found = kernels.forward(*given)[-1], *(grads[-1] for grads in kernels.backward([grad_w] * count, *given))
+        if not all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(found, expected, strict=True)):
+            return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,21 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.optim import lr_scheduler
 
 import weightnorm as wn
 from weightnorm.layers.found import find
+from weightnorm.optim.backends import AUTO
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated"),
-    pytest.mark.usefixtures("each_backend"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+on_each_backend = pytest.mark.usefixtures("each_backend")
+
+
+@pytest.fixture(autouse=True)
+def _without_kernels(monkeypatch):
+    """They take seconds to compile; ``on_each_backend`` asks for them where a step is what is tested."""
+    monkeypatch.setitem(AUTO, "cpu", "torch")
+
 
 FORMS = {
     "hooks": nn.utils.weight_norm,
@@ -28,20 +35,18 @@ RULES = {
     "SGD, momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True, weight_decay=0.01),
     "Adam, amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True, weight_decay=0.1),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "Adam, maximize": lambda p: torch.optim.Adam(p, lr=0.001, maximize=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
     "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01, betas=(0.5, 0.99)),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.003, momentum=0.5),
     "NAdam": lambda p: torch.optim.NAdam(p, lr=0.003),
 }
-NAMES = {
-    "SGD, momentum": "SGD",
-    "Adam, amsgrad": "Adam",
-    "RMSprop": "WeightNormOptimizer",
-    "NAdam": "WeightNormOptimizer",
-}
+WRAPPED = ("RMSprop", "NAdam", "Adagrad")
 
 
 def net(form, dtype=torch.float64):
-    layers = [nn.Conv1d(2, 4, 3), nn.Tanh(), nn.ConvTranspose1d(4, 3, 4), nn.Flatten(), nn.Linear(27, 2)]
+    layers = [nn.Conv1d(2, 4, 3), nn.Tanh(), nn.ConvTranspose1d(4, 6, 4, groups=2), nn.Flatten(), nn.Linear(54, 2)]
     model = nn.Sequential(*layers).to(dtype)
     for index in (0, 2, 4):
         FORMS[form](model[index])
@@ -55,10 +60,6 @@ def train(model, optimizer, steps, seed=0, dtype=torch.float64):
         optimizer.zero_grad()
         (model(x) - 1).square().mean().backward()
         optimizer.step()
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in wn.remove_weight_norm(copy.deepcopy(model)).parameters()])
 
 
 def twins(form, dtype=torch.float64):
@@ -85,15 +86,17 @@ def adopted(form, rule, dtype=torch.float64, before=6, after=20):
     return plain_weights(staying), plain_weights(leaving), optimizer
 
 
+@on_each_backend
 @pytest.mark.parametrize(
     ("form", "rule"), [*((form, "AdamW") for form in FORMS), *(("parametrization", rule) for rule in RULES)]
 )
 def test_the_trajectory_goes_on(form, rule):
     expected, found, optimizer = adopted(form, rule)
-    assert type(optimizer).__name__ == NAMES.get(rule, rule)
+    assert type(optimizer).__name__ == ("WeightNormOptimizer" if rule in WRAPPED else rule.split(",")[0])
     assert ((found - expected).norm() / expected.norm()).item() < 1e-12
 
 
+@on_each_backend
 @pytest.mark.parametrize("rule", ["SGD, momentum", "AdamW"])
 def test_the_trajectory_goes_on_in_float32(rule):
     expected, found, _ = adopted("parametrization", rule, torch.float32)
@@ -105,43 +108,49 @@ def test_without_state_the_scale_alone_is_carried():
     assert ((found - expected).norm() / expected.norm()).item() < 1e-12
 
 
+@on_each_backend
 def test_a_vocoder_resumes_from_upstreams_files(tmp_path):
-    def discriminators():
-        return [net("hooks"), net("hooks")]
+    """HiFi-GAN's training script: its two files, its two discriminators in one optimizer, its schedule."""
 
-    def optimizers(generator, critics):
-        both = itertools.chain(*(critic.parameters() for critic in critics))
-        of_g = torch.optim.AdamW(generator.parameters(), lr=2e-3, betas=(0.8, 0.99))
-        return of_g, torch.optim.AdamW(both, lr=2e-3, betas=(0.8, 0.99))
+    def build():
+        models = {"generator": net("hooks"), "mpd": net("hooks"), "msd": net("hooks")}
+        critics = itertools.chain(models["msd"].parameters(), models["mpd"].parameters())
+        optim_g = torch.optim.AdamW(models["generator"].parameters(), 2e-3, betas=[0.8, 0.99])
+        return models, {"optim_g": optim_g, "optim_d": torch.optim.AdamW(critics, 2e-3, betas=[0.8, 0.99])}
 
-    generator, critics = net("hooks"), discriminators()
-    of_g, of_d = optimizers(generator, critics)
+    def schedule(optimizers, last_epoch):
+        return [
+            torch.optim.lr_scheduler.ExponentialLR(o, gamma=0.5, last_epoch=last_epoch) for o in optimizers.values()
+        ]
 
-    def go_on(models, optimizers, seed):
-        train(models[0], optimizers[0], 3, seed)
-        for model in models[1:]:
-            train(model, optimizers[1], 3, seed)
+    def go_on(models, optimizers, schedules, seed):
+        for epoch in range(2):
+            for name, model in models.items():
+                train(model, optimizers["optim_g" if name == "generator" else "optim_d"], 3, seed + epoch)
+            for one in schedules:
+                one.step()
 
-    go_on([generator, *critics], (of_g, of_d), 0)
-    torch.save({"generator": generator.state_dict()}, tmp_path / "g")
-    saved = {"critics": [critic.state_dict() for critic in critics], "g": of_g.state_dict(), "d": of_d.state_dict()}
-    torch.save(saved, tmp_path / "do")
-    go_on([generator, *critics], (of_g, of_d), 1)
+    def state_dicts(parts):
+        return {name: part.state_dict() for name, part in parts.items()}
 
-    again, others = net("hooks"), discriminators()
-    of_g, of_d = optimizers(again, others)
-    again.load_state_dict(torch.load(tmp_path / "g")["generator"])
-    loaded = torch.load(tmp_path / "do")
-    for critic, state in zip(others, loaded["critics"], strict=True):
-        critic.load_state_dict(state)
-    of_g.load_state_dict(loaded["g"])
-    of_d.load_state_dict(loaded["d"])
-    again, of_g = wn.from_module_form(again, of_g)
-    others, of_d = wn.from_module_form(others, of_d)
-    go_on([again, *others], (of_g, of_d), 1)
-    for one, other in zip([generator, *critics], [again, *others], strict=True):
-        wn.fold(one)
-        torch.testing.assert_close(plain_weights(one), plain_weights(other), rtol=1e-11, atol=1e-12)
+    models, optimizers = build()
+    schedules = schedule(optimizers, -1)
+    go_on(models, optimizers, schedules, 0)
+    torch.save({"generator": models["generator"].state_dict()}, tmp_path / "g")
+    critics = {name: models[name].state_dict() for name in ("mpd", "msd")}
+    torch.save(critics | state_dicts(optimizers) | {"epoch": 1}, tmp_path / "do")
+    go_on(models, optimizers, schedules, 9)
+
+    again, resumed = build()
+    saved = torch.load(tmp_path / "g") | torch.load(tmp_path / "do")
+    for name, part in (again | resumed).items():
+        part.load_state_dict(saved[name])
+    again["generator"], resumed["optim_g"] = wn.from_module_form(again["generator"], resumed["optim_g"])
+    _, resumed["optim_d"] = wn.from_module_form([again["mpd"], again["msd"]], resumed["optim_d"])
+    go_on(again, resumed, schedule(resumed, saved["epoch"]), 9)
+    for name, model in models.items():
+        wn.fold(model)
+        torch.testing.assert_close(plain_weights(again[name]), plain_weights(model), rtol=1e-11, atol=1e-12)
 
 
 def split(model, **of_g):
@@ -173,35 +182,47 @@ def test_options_of_lengths_are_carried(options, of_g, expected):
     torch.testing.assert_close(plain_weights(leaving), plain_weights(staying), rtol=1e-11, atol=1e-12)
 
 
-def test_frozen_lengths_stay_frozen():
+@pytest.mark.parametrize("left_out", [False, True])
+def test_frozen_lengths_stay_frozen(left_out, each_backend):
     staying, leaving = twins("ours")
     optimizers = []
     for model in (staying, leaving):
         for found in find(model):
             found.g.requires_grad_(False)
-        optimizers.append(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01))
+        optimizers.append(
+            torch.optim.AdamW([p for p in model.parameters() if p.requires_grad or not left_out], lr=0.01)
+        )
         train(model, optimizers[-1], 4)
     leaving, optimizer = wn.from_module_form(leaving, optimizers[1])
+    assert {group["g_lr"] for group in optimizer.param_groups if group["weight_norm"]} == {0.0}
     train(staying, optimizers[0], 10, seed=1)
     train(leaving, optimizer, 10, seed=1)
+    assert {type(engine).__name__ for engine in optimizer._engines} == {
+        "Engine" if each_backend == "torch" else "Fused"
+    }
     wn.fold(staying)
     torch.testing.assert_close(plain_weights(leaving), plain_weights(staying), rtol=1e-11, atol=1e-12)
 
 
-def test_a_model_that_is_frozen_for_the_moment_keeps_its_axis_and_state():
+@pytest.mark.parametrize("only", ["a layer", "all"])  # all: a GAN's critic while the generator learns
+def test_what_is_frozen_for_the_moment_keeps_its_axis_and_state(only):
     staying, leaving = twins("ours")
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01) for model in (staying, leaving)]
     for model, optimizer in zip((staying, leaving), optimizers, strict=True):
         train(model, optimizer, 4)
-    leaving.requires_grad_(False)  # a GAN's critic while the generator learns
+        (model[0] if only == "a layer" else model).requires_grad_(False)
     leaving, optimizer = wn.from_module_form(leaving, optimizers[1])
-    leaving.requires_grad_(True)
-    train(staying, optimizers[0], 10, seed=1)
-    train(leaving, optimizer, 10, seed=1)
+    assert [p.requires_grad for p in leaving.parameters()] == [False] * 2 + [only == "a layer"] * 4
+    for model, one in ((staying, optimizers[0]), (leaving, optimizer)):
+        if only == "a layer":
+            train(model, one, 4, seed=1)
+        model.requires_grad_(True)
+        train(model, one, 10, seed=2)
     wn.fold(staying)
     torch.testing.assert_close(plain_weights(leaving), plain_weights(staying), rtol=1e-11, atol=1e-12)
 
 
+@on_each_backend
 def test_lengths_that_have_taken_fewer_steps_go_on_from_theirs():
     staying, leaving = twins("ours")
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01) for model in (staying, leaving)]
@@ -226,6 +247,14 @@ def test_the_old_optimizer_writes_to_nothing_of_the_new():
     assert not old & {value.data_ptr() for state in new.state.values() for value in state.values()}
 
 
+def test_what_is_frozen_and_in_no_group_is_folded_and_left_out():
+    model = net("hooks")
+    model[0].requires_grad_(False)
+    model, optimizer = wn.from_module_form(model, torch.optim.SGD([*model[2].parameters(), *model[4].parameters()]))
+    assert type(model[0].weight) is nn.Parameter
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
+
+
 def test_a_negative_length_and_a_dead_direction():
     staying, leaving = twins("ours")
     for model in (staying, leaving):
@@ -234,7 +263,9 @@ def test_a_negative_length_and_a_dead_direction():
             model[4].parametrizations.weight.original1[1] = 0
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (staying, leaving)]
     leaving, optimizer = wn.from_module_form(leaving, optimizers[1])
-    assert optimizer.state[leaving[4].weight]["scale"][0] < 0
+    scale = optimizer.state[leaving[4].weight]["scale"]
+    assert scale[0] < 0
+    assert scale[1] == 0  # not set yet
     assert (leaving[4].weight[1] == 0).all()
     with torch.no_grad():  # the dead row learns in the optimizer form, and cannot in module form
         for p in (staying[4].bias, leaving[4].bias):
@@ -242,6 +273,16 @@ def test_a_negative_length_and_a_dead_direction():
     train(staying, optimizers[0], 1)
     train(leaving, optimizer, 1)
     torch.testing.assert_close(leaving[4].weight[0], staying[4].weight[0].detach().clone())
+
+
+def test_counts_stay_counts_where_the_whole_tensor_has_one_length():
+    model = parametrizations.weight_norm(nn.Linear(4, 3), dim=None)
+    optimizer = torch.optim.NAdam(model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    _, new = wn.from_module_form(model, optimizer)
+    shapes = {name: tuple(value.shape) for name, value in new.state[model.weight].items() if name.startswith("g.")}
+    assert shapes == {"g.step": (), "g.mu_product": (), "g.exp_avg": (1, 1), "g.exp_avg_sq": (1, 1)}
 
 
 def test_bfloat16_goes_on_from_the_unrounded_weight():
@@ -258,33 +299,39 @@ def test_bfloat16_goes_on_from_the_unrounded_weight():
     assert not torch.equal(state["master"], layer.weight.float())
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=2),
-        lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10),
-        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
-    ],
-)
-def test_a_schedule_goes_on_when_its_state_is_loaded(make):
-    model = net("ours")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    schedule = make(optimizer)
-    for _ in range(3):
-        train(model, optimizer, 1)
-        schedule.step()
-    model, new = wn.from_module_form(model, optimizer)
-    rates = [group["lr"] for group in new.param_groups]
-    again = make(new)
-    again.load_state_dict(schedule.state_dict() | {"base_lrs": again.base_lrs})
+SCHEDULES = {
+    "step": lambda optimizer: lr_scheduler.StepLR(optimizer, step_size=2),
+    "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=10),
+    "lambda": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.8**epoch),
+    "warmup": lambda optimizer: lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 6),
+    "one cycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
+def test_a_schedule_goes_on_as_the_docs_say(name, lr):
+    optimizers, schedules = [], []
+    models = twins("ours")
+    for model in models:
+        optimizers.append(torch.optim.AdamW([{"params": model.parameters(), "lr": copy.deepcopy(lr)}]))
+        schedules.append(SCHEDULES[name](optimizers[-1]))
+        for _ in range(4):
+            optimizers[-1].step()
+            schedules[-1].step()
+    _, new = wn.from_module_form(models[1], optimizers[1])
+    if torch.is_tensor(lr):  # schedules change it in place, group by group
+        assert len({id(group["lr"]) for group in new.param_groups}) == len(new.param_groups) > 1
+    rates = [group["lr"] * 1 for group in new.param_groups]
+    again = SCHEDULES[name](new)
+    again.load_state_dict(schedules[1].state_dict() | {"base_lrs": again.base_lrs})
     for group, rate in zip(new.param_groups, rates, strict=True):
         group["lr"] = rate
     for _ in range(4):
-        schedule.step()
-        again.step()
-        expected = optimizer.param_groups[0]["lr"]
-        assert [group["lr"] for group in new.param_groups] == pytest.approx([expected] * len(new.param_groups))
+        expected = float(optimizers[0].param_groups[0]["lr"])
+        assert [float(group["lr"]) for group in new.param_groups] == pytest.approx([expected] * len(rates))
+        for part in (optimizers[0], schedules[0], new, again):
+            part.step()
 
 
 def test_what_is_not_the_models_is_carried_as_it_is():
@@ -295,7 +342,27 @@ def test_what_is_not_the_models_is_carried_as_it_is():
     _, new = wn.from_module_form(model, optimizer)
     group = next(group for group in new.param_groups if any(p is extra for p in group["params"]))
     assert group["weight_norm"] is False
-    assert torch.equal(new.state[extra]["exp_avg"], optimizer.state[extra]["exp_avg"])
+    assert set(new.state[extra]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_names_and_what_a_rule_keeps_under_one_are_carried():
+    models = nn.ModuleList([net("hooks"), net("parametrization")])
+    optimizer = torch.optim.AdamW(models.named_parameters())
+    optimizer.state["all"] = {"steps": 3}
+    _, new = wn.from_module_form(models, optimizer)
+    names = {
+        name: p for group in new.param_groups for name, p in zip(group["param_names"], group["params"], strict=True)
+    }
+    assert names.keys() == dict(models.named_parameters()).keys()
+    assert all(names[name] is p for name, p in models.named_parameters())
+    assert new.state["all"] == {"steps": 3}
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_the_backend_can_be_chosen(backend):
+    model = wn.weight_norm(nn.Linear(4, 3))
+    _, new = wn.from_module_form(model, torch.optim.SGD(model.parameters()), backend=backend)
+    assert new._backend == backend
 
 
 def test_tied_weights_have_one_state():
@@ -313,45 +380,94 @@ def test_without_an_optimizer_the_model_is_folded():
     assert type(model[0]) is nn.Conv1d
 
 
-def trained(model, make):
+def trained(make, wrap=wn.weight_norm):
+    """Return a small model in module form and its optimizer, a step on."""
+    model = nn.Sequential(wrap(nn.Linear(4, 3)), nn.Linear(3, 4))
     optimizer = make(model)
     model(torch.randn(2, 4)).square().mean().backward()
     optimizer.step()
     return model, optimizer
 
 
+def adamw(**of_g):
+    return lambda model: torch.optim.AdamW(split(model, **of_g), lr=0.1, weight_decay=0.1)
+
+
+def of_weight(*names):
+    """Return the optimizer of ``original0`` (g), ``original1`` (v), both or neither, and of what is plain."""
+
+    def make(model):
+        held = dict(model[0].parametrizations.weight.named_parameters())
+        return torch.optim.SGD([model[0].bias, *(held[name] for name in names)], lr=0.1)
+
+    return make
+
+
+def scheduled_apart(model):
+    optimizer = torch.optim.SGD(split(model), lr=0.1)
+    lr_scheduler.LambdaLR(optimizer, [lambda epoch: 1.0, lambda epoch: 0.5])
+    return optimizer
+
+
+def tied(model):
+    model[1].weight = nn.Parameter(model[0].parametrizations.weight.original1.detach().T.contiguous())
+    model[0].other = model[0].parametrizations.weight.original1
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def frozen_v(model):
+    model[0].parametrizations.weight.original1.requires_grad_(False)
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+class Wrapper(torch.optim.SGD):
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, lr=0.1)
+
+
 REFUSALS = {
-    "nothing in module form": lambda: trained(nn.Linear(4, 3), lambda m: torch.optim.SGD(m.parameters(), lr=1)),
-    "logarithms": lambda: trained(
-        wn.weight_norm(nn.Linear(4, 3), log_g=True), lambda m: torch.optim.AdamW(m.parameters())
+    "there is nothing in module form": lambda: trained(lambda m: torch.optim.SGD(m.parameters(), lr=1), lambda m: m),
+    "0.weight holds lengths as logarithms": lambda: trained(
+        lambda m: torch.optim.AdamW(m.parameters()), lambda m: wn.weight_norm(m, log_g=True)
     ),
-    "element by element": lambda: trained(
-        wn.weight_norm(nn.Linear(4, 3)), lambda m: torch.optim.Adafactor(m.parameters())
+    "only rules that keep state element by element": lambda: trained(lambda m: torch.optim.Adafactor(m.parameters())),
+    "0.weight: v and g are in groups that differ in betas": lambda: trained(adamw(betas=(0.5, 0.9))),
+    r"0.weight: weight decay is 0.1 on v and 0.0 on g; .*decay=\"g\"": lambda: trained(adamw(weight_decay=0.0)),
+    "learning rates .* fixed multiple": lambda: trained(scheduled_apart),
+    "0.weight: v would be trained, but not by this": lambda: trained(of_weight("original0")),
+    "0.weight: g would be trained, but not by this": lambda: trained(of_weight("original1")),
+    "0.weight: v and g would be trained, but not by this": lambda: trained(of_weight()),
+    "0.weight: v is frozen and g is trained": lambda: trained(frozen_v),
+    "0.weight: g or v is a parameter of another layer too": lambda: trained(tied),
+    "optimizer form already": lambda: (trained(adamw())[0], wn.SGD(nn.Linear(4, 3), lr=0.1)),
+    "LBFGS": lambda: (m := trained(adamw())[0], torch.optim.LBFGS(m.parameters())),
+    "another Wrapper cannot be made": lambda: trained(lambda m: Wrapper(torch.optim.SGD(m.parameters()))),
+    "differentiable must be False": lambda: (
+        m := trained(adamw())[0],
+        torch.optim.SGD(m.parameters(), differentiable=True),
     ),
-    "differ in betas": lambda: trained(
-        wn.weight_norm(nn.Linear(4, 3)), lambda m: torch.optim.AdamW(split(m, betas=(0.5, 0.9)))
-    ),
-    "weight decay is": lambda: trained(
-        wn.weight_norm(nn.Linear(4, 3)), lambda m: torch.optim.AdamW(split(m, weight_decay=0.0), weight_decay=0.1)
-    ),
-    "v is frozen or in no group": lambda: trained(
-        wn.weight_norm(nn.Linear(4, 3)), lambda m: torch.optim.SGD([m.parametrizations.weight.original0], lr=0.1)
-    ),
-    "optimizer form already": lambda: (wn.weight_norm(nn.Linear(4, 3)), wn.SGD(nn.Linear(4, 3), lr=0.1)),
-    "differentiable": lambda: (
-        m := wn.weight_norm(nn.Linear(4, 3)),
-        torch.optim.AdamW(m.parameters(), differentiable=True),
-    ),
-    "none of the directions": lambda: (m := wn.weight_norm(nn.Linear(4, 3)), torch.optim.AdamW([m.bias])),
-    "LBFGS": lambda: (m := wn.weight_norm(nn.Linear(4, 3)), torch.optim.LBFGS(m.parameters())),
 }
 
 
 @pytest.mark.parametrize("message", REFUSALS)
 def test_refusals_change_nothing(message):
     model, optimizer = REFUSALS[message]()
-    state, kind = copy.deepcopy(model.state_dict()), type(model)
+    kind, saved = type(model[0]), copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
     with pytest.raises(ValueError, match=message):
         wn.from_module_form(model, optimizer)
-    assert type(model) is kind
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert type(model[0]) is kind
+    torch.testing.assert_close([model.state_dict(), optimizer.state_dict()["state"]], saved, rtol=0, atol=0)
+
+
+def test_state_dicts_and_wrapped_models_are_refused(tmp_path):
+    model = wn.weight_norm(nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(TypeError, match="optimizer must be a torch optimizer; got dict"):
+        wn.from_module_form(model, optimizer.state_dict())
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="holds on to g and v; give the model inside"):
+            wn.from_module_form(nn.parallel.DistributedDataParallel(model), optimizer)
+    finally:
+        dist.destroy_process_group()

@@ -1,69 +1,59 @@
 """A run in module form goes on in the optimizer form: the layers folded, the optimizer's state carried over exactly."""
 
+import copy
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from weightnorm.formula import row_lengths, wide_dtype
-from weightnorm.layers.compose import by_formula
 from weightnorm.layers.folding import fold
-from weightnorm.layers.found import Found, find
+from weightnorm.layers.found import find
 from weightnorm.optim import optimizers
-from weightnorm.optim.coordinates import LENGTH, MASTER, SCALE, State
 from weightnorm.optim.groups import Group
 from weightnorm.optim.optimizer import WeightNormOptimizer
-from weightnorm.optim.options import check_options
+from weightnorm.optim.pairs import Pair, pairs_of
 from weightnorm.optim.rules import check_rule, default_options
 
 ModelOrModels = TypeVar("ModelOrModels", bound=nn.Module | Sequence[nn.Module])
-_NAMED = {kind.rule: kind for kind in (optimizers.SGD, optimizers.Adam, optimizers.AdamW, optimizers.Adamax)}
-
-
-@dataclass
-class _Weight:
-    """A weight in module form: every layer that holds it, and what its optimizer keeps for it."""
-
-    places: list[Found]
-    group: int | None  # of the optimizer; None: frozen
-    options: Group = field(default_factory=dict)
-    state: State = field(default_factory=dict)
-
-    def parameter(self) -> nn.Parameter:
-        """Return the plain parameter, once it is folded."""
-        parameter = getattr(self.places[0].module, self.places[0].name)
-        assert isinstance(parameter, nn.Parameter)
-        return parameter
+_NAMED: dict[Any, Any] = {
+    kind.rule: kind for kind in (optimizers.SGD, optimizers.Adam, optimizers.AdamW, optimizers.Adamax)
+}
 
 
 def from_module_form(
-    model: ModelOrModels, optimizer: torch.optim.Optimizer | None = None
+    model: ModelOrModels, optimizer: torch.optim.Optimizer | None = None, *, backend: str = "auto"
 ) -> tuple[ModelOrModels, WeightNormOptimizer | None]:
     """Fold the module form, and go on training in the optimizer form where the run is now.
 
     ``g`` and ``v`` become ``w = g v/‖v‖`` in the model, and ``scale = g/‖v‖`` and their moments in the optimizer, which
-    then moves ``w`` as the old one would have moved it, to rounding; but for zero vectors, whose direction ``w`` does
-    not have: they take a plain step. The module form may be ours, torch's parametrization or torch's old hooks.
+    then moves ``w`` as the old one would have moved it, to rounding. The module form may be ours, torch's
+    parametrization or torch's old hooks. Call it between steps, and before wrapping in DDP.
 
     Args:
         model: a model, or several under one optimizer (a GAN's discriminators); changed in place.
-        optimizer: what trains it, with its state: any of torch's that step on each parameter by its own gradient and
-            state. It holds parameters that are no longer the model's afterwards; so does a learning rate scheduler of
-            its (docs/optimizer.md has how to go on). None: the model is folded, no more.
+        optimizer: what trains it, fresh or with state: any of torch's that step on each parameter by its own gradient
+            and state. It is done with afterwards: it holds parameters that are no longer the model's, and a learning
+            rate scheduler keeps to it (docs/optimizer.md has how to go on). None: the model is folded, no more, and
+            ``‖v‖`` is lost, which decides how far a step turns a direction.
+        backend: the new optimizer's.
 
     Returns:
         The model, and the new optimizer: ``SGD``, ``Adam``, ``AdamW`` or ``Adamax`` of this library for torch's of that
         name, what ``wrap`` returns for others; None where none was given. Its groups have the old ones' options, in
         their order, split where members differ in axis, or are plain. A frozen ``g`` becomes ``g_lr=0``; where ``g``
-        had a learning rate of its own, ``g_lr`` is its share; where only ``g`` decayed, ``decay="g"``.
+        had a learning rate of its own, ``g_lr`` is its share; where only ``g`` decayed, ``decay="g"``. What is not in
+        module form stays plain. A vector with ``v = 0`` or ``g = 0`` starts afresh.
 
     Raises:
+        TypeError: if ``optimizer`` is none of torch's.
         ValueError: if there is nothing in module form, or something has no counterpart: logarithmic lengths with state,
-            a frozen ``v`` beside a trained ``g``, options in which they differ otherwise. Nothing has changed then.
+            a frozen ``v`` beside a trained ``g``, options in which they differ otherwise, ``g`` or ``v`` of several
+            weights, trainable ones that are not in the optimizer. Nothing has changed then.
 
     Source: Salimans & Kingma 2016, eq. 2 and 3.
 
@@ -77,153 +67,98 @@ def from_module_form(
         >>> type(model).__name__, type(optimizer).__name__, sorted(optimizer.state[model.weight])[-2:]
         ('Linear', 'AdamW', ['scale', 'step'])
     """
-    models = [model] if isinstance(model, nn.Module) else list(model)
-    found = list(chain.from_iterable(map(find, models)))
+    whole = model if isinstance(model, nn.Module) else nn.ModuleList(model)
+    found = list(find(whole))
     if not found:
         raise ValueError(
             "there is nothing in module form in what was given; a plain model needs no more than an optimizer of this "
             "library's, weightnorm.AdamW(model)"
         )
-    if optimizer is None:
-        for one in models:
-            fold(one)
-        return model, None
-    maker = _maker(optimizer)
-    weights = _weights(found, optimizer)
-    for group in optimizer.param_groups:
-        check_options(group)
-    if all(weight.group is None for weight in weights):
+    if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in whole.modules()):
         raise ValueError(
-            "none of the directions v in these models is in a group of the optimizer; pass the one that has them"
+            "DistributedDataParallel holds on to g and v; give the model inside (.module) and wrap it anew"
         )
-    for one in models:
-        fold(one)
-    groups, states = _groups(weights, optimizer)
-    new = maker(groups)
-    saved = new.state_dict()
-    saved["state"] = dict(enumerate(states))
-    new.load_state_dict(saved)
+    if optimizer is None:
+        fold(whole)
+        return model, None
+    rule = _rule_of(optimizer)
+    pairs = pairs_of(whole, found, optimizer)
+    # Built on v, which is in all but its values as w will be: whatever is refused is refused before anything changes.
+    new = _build(rule, optimizer, pairs, backend)
+    fold(whole)
+    _exchange(new, {v: getattr(pair.found.module, pair.found.name) for v, pair in pairs.items()})
     return model, new
 
 
-def _maker(optimizer: torch.optim.Optimizer) -> Callable[[list[Group]], WeightNormOptimizer]:
-    """Return what makes the new optimizer from groups; refuse what has none, before anything is changed."""
-    kind = type(optimizer)
+def _rule_of(optimizer: Any) -> partial[torch.optim.Optimizer]:
+    """Return what makes optimizers like this one."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch optimizer; got {type(optimizer).__name__}. Load state dicts first")
     if isinstance(optimizer, WeightNormOptimizer):
         raise ValueError("this optimizer is in the optimizer form already; pass the one of torch that trains g and v")
+    kind = type(optimizer)
     taken = inspect.signature(kind).parameters
-    options = {name: value for name, value in optimizer.defaults.items() if name in taken}
+    rule = partial(kind, **{name: value for name, value in optimizer.defaults.items() if name in taken})
     check_rule(kind, None)
     try:
-        default_options(lambda params: kind(params, **options))
-    except TypeError as error:
-        raise ValueError(f"{kind.__name__} cannot be made from its defaults ({error}); use weightnorm.wrap") from error
-    if kind in _NAMED:
-        return lambda groups: _NAMED[kind](groups, **options)
-    return lambda groups: optimizers.wrap(kind, groups, **options)
+        default_options(rule)
+    except (TypeError, AttributeError) as error:  # it takes more than params, or not them
+        raise ValueError(f"another {kind.__name__} cannot be made ({error}); pass the optimizer it wraps") from error
+    return rule
 
 
-def _weights(found: list[Found], optimizer: torch.optim.Optimizer) -> list[_Weight]:
-    """Return each weight once, however many layers share it, with the options and the state it will have."""
-    index_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    shared: dict[tuple[int, int], list[Found]] = {}
-    for one in found:
-        shared.setdefault((id(one.g), id(one.v)), []).append(one)
-    weights = []
-    for places in shared.values():
-        one = places[0]
-        g_index, v_index = index_of.get(one.g), index_of.get(one.v)
-        if one.v.requires_grad and not one.g.requires_grad:
-            g_index = None  # frozen; where both are, that may be for the moment, as a GAN's critic is
-        if g_index is not None and (v_index is None or one.g.requires_grad > one.v.requires_grad):
-            raise ValueError(f"{one.whole_name}: v is frozen or in no group, and g is trained; no group can say that")
-        weight = _Weight(places, v_index)
-        if v_index is not None:
-            weight.options = _options(one, optimizer.param_groups, v_index, g_index)
-            weight.state = _state(one, optimizer.state.get(one.v, {}), optimizer.state.get(one.g, {}))
-        weights.append(weight)
-    return weights
+def _build(
+    rule: partial[torch.optim.Optimizer], old: torch.optim.Optimizer, pairs: Mapping[Tensor, Pair], backend: str
+) -> WeightNormOptimizer:
+    """Return the new optimizer with its state, on ``v`` in place of the weights."""
+    groups = _groups(old, pairs)
+    named = _NAMED.get(rule.func)
+    options = {**rule.keywords, "backend": backend}
+    new = named(groups, **options) if named else optimizers.wrap(rule.func, groups, **options)
+    members = [p for group in new.param_groups for p in group["params"]]
+    states = {i: pairs[p].state if p in pairs else old.state.get(p) for i, p in enumerate(members)}
+    by_name = {name: state for name, state in old.state.items() if isinstance(name, str)}
+    saved = new.state_dict()
+    # A copy, so that neither optimizer writes to what is the other's.
+    saved["state"] = copy.deepcopy({i: state for i, state in states.items() if state} | by_name)
+    new.load_state_dict(saved)
+    return new
 
 
-def _options(one: Found, groups: list[Group], v_index: int, g_index: int | None) -> Group:
-    """Return the options of a weight's group that are weight normalization's own."""
-    of_v, of_g = groups[v_index], groups[v_index if g_index is None else g_index]
-    options: Group = {"weight_norm": True, "dim": one.axis.dim, "groups": one.axis.groups, "g_lr": 1.0, "decay": "both"}
-    if g_index is None:
-        options["g_lr"] = 0.0
-    elif float(of_g["lr"]) != float(of_v["lr"]):
-        if not float(of_v["lr"]):
-            raise ValueError(f"{one.whole_name}: v has learning rate 0 and g has not; g's is a multiple of v's here")
-        options["g_lr"] = float(of_g["lr"]) / float(of_v["lr"])
-    if of_g.get("weight_decay") != of_v.get("weight_decay"):
-        if of_v["weight_decay"]:
-            raise ValueError(
-                f"{one.whole_name}: weight decay is {of_v['weight_decay']} on v and {of_g['weight_decay']} on g; it "
-                'can act on both alike or, decay="g", on g alone'
-            )
-        options |= {"decay": "g", "weight_decay": of_g["weight_decay"]}
-    ignored = ("params", "param_names", "lr", "initial_lr", "weight_decay")
-    differ = [name for name in of_v if name not in ignored and of_v[name] != of_g.get(name)]
-    if differ:
-        raise ValueError(f"{one.whole_name}: v and g are in groups that differ in {', '.join(differ)}; make them alike")
-    return options
-
-
-def _state(one: Found, of_v: State, of_g: State) -> State:
-    """Return the optimizer form's state of a weight: its scale, and the rule's state for v and g."""
-    if one.log_g and (of_v or of_g):
-        raise ValueError(
-            f"{one.whole_name} holds lengths as logarithms, and moments of a logarithm are not those of a length; go "
-            "on with fresh state: fold the model and build a new optimizer"
-        )
-    for tensor, kept in ((one.v, of_v), (one.g, of_g)):
-        for name, value in kept.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != tensor.shape:
-                raise ValueError(
-                    f"{one.whole_name}: {name} has shape {tuple(value.shape)}, its parameter {tuple(tensor.shape)}; "
-                    "only rules that keep state element by element can be carried over"
-                )
-    wide = wide_dtype(one.v.dtype)
-    v, g = one.v.detach().to(wide), one.lengths().detach().to(wide)
-    length, alive = row_lengths(one.axis.split(v), one.axis.kept(v))
-    state: State = {SCALE: torch.where(alive, g.reshape(length.shape) / length, 0)}
-    state |= _copied(of_v)
-    for name, value in of_g.items():
-        counts = (
-            isinstance(of_v.get(name), Tensor) and of_v[name].ndim == 0
-        )  # a g for a whole tensor has no axes either
-        is_array = isinstance(value, Tensor) and value.shape == one.g.shape and not counts
-        state |= _copied({LENGTH + name: value.reshape(length.shape) if is_array else value})
-    if wide != one.v.dtype:
-        state[MASTER] = by_formula(v, g, one.axis)
-    return state
-
-
-def _copied(state: State) -> State:
-    """Return a state that the old optimizer does not write to."""
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
-
-
-def _groups(weights: list[_Weight], optimizer: torch.optim.Optimizer) -> tuple[list[Group], list[State]]:
-    """Return the new groups, and the state of each of their members in order."""
-    of_v = {weight.places[0].v: weight for weight in weights}
-    gone = {weight.places[0].g for weight in weights}
-    groups: list[Group] = []
-    members: list[list[State]] = []
-    for old in optimizer.param_groups:
-        shared = {name: value for name, value in old.items() if name not in ("params", "param_names")}
-        made: dict[tuple[Any, ...], int] = {}
-        for parameter in old["params"]:
-            if parameter in gone:
+def _groups(old: torch.optim.Optimizer, pairs: Mapping[Tensor, Pair]) -> list[Group]:
+    """Return the new groups, ``v`` in place of the weights."""
+    lengths = {pair.found.g for pair in pairs.values()}
+    groups: dict[str, Group] = {}
+    for index, group in enumerate(old.param_groups):
+        names = group.get("param_names", [None] * len(group["params"]))
+        for name, p in zip(names, group["params"], strict=True):
+            if p in lengths:
                 continue
-            weight = of_v.get(parameter)
-            options = weight.options if weight else {"weight_norm": False}
-            state = weight.state if weight else _copied(optimizer.state.get(parameter, {}))
-            key = tuple(sorted(options.items(), key=str))
-            if key not in made:
-                made[key] = len(groups)
-                groups.append(shared | options | {"params": []})
-                members.append([])
-            groups[made[key]]["params"].append(weight.parameter() if weight else parameter)
-            members[made[key]].append(state)
-    return groups, [state for states in members for state in states]
+            options = pairs[p].options if p in pairs else {"weight_norm": False}
+            made = groups.setdefault(f"{index} {options}", _shared(group) | options | {"params": []})
+            made["params"].append(p if name is None else (_plain_name(name, pairs.get(p)), p))
+    return list(groups.values())
+
+
+def _shared(group: Group) -> Group:
+    """Return a group's options; learning rates that are tensors change in place, so each group gets its own."""
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in group.items()
+        if name not in ("params", "param_names")
+    }
+
+
+def _plain_name(name: str, pair: Pair | None) -> str:
+    """Return what a parameter is called once it is folded, if it is the ``v`` of a pair."""
+    if pair is None:
+        return name
+    return name.removesuffix("_v") if pair.found.hook else re.sub(r"parametrizations\.(.+)\.original1$", r"\1", name)
+
+
+def _exchange(optimizer: WeightNormOptimizer, weights: Mapping[Any, nn.Parameter]) -> None:
+    """Let an optimizer step on other parameters, group by group and state by state."""
+    for group in optimizer.param_groups:
+        group["params"] = [weights.get(p, p) for p in group["params"]]
+    state = {weights.get(p, p): kept for p, kept in optimizer.state.items()}
+    optimizer.__setstate__({"state": defaultdict(dict, state)})

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -144,25 +145,32 @@ class WeightNormOptimizer(torch.optim.Optimizer):
 
         Args:
             state_dict: the state of an optimizer built for the same groups. If it is of one that stepped on the weights
-                themselves, its moments are projected onto ``v`` and ``g``, with a warning.
+                themselves, its moments are projected onto ``v`` and ``g``, with a warning; load the weights before.
             strict: refuse the latter.
 
         Raises:
             ValueError: if the groups differ in number or size, or are normalised along other axes; the state is of
-                other shapes, or a later version's; or a CUDA graph has recorded a step of this optimizer.
+                other shapes, of another rule or a later version's; or a CUDA graph has recorded a step of this
+                optimizer. Nothing has changed then.
         """
         self._check_not_recorded()
-        structure = [structure_of(group) for group in self.param_groups]
+        before = [{name: group[name] for name in self.defaults if name in group} for group in self.param_groups]
         handed: dict[str, Any] = {}
+        was_ours = True
 
         def check(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
-            check_structure(structure, final["param_groups"])
-            handed.update(as_ours(final, self.param_groups, strict))  # of what the hooks before this one made
-            return handed
+            nonlocal was_ours
+            check_structure(self.param_groups, final["param_groups"])
+            ours = as_ours(final, self.param_groups, self._rule, self._g_rule)
+            was_ours = ours is final
+            if strict and not was_ours:
+                raise ValueError("the state is a plain torch optimizer's, and strict=True takes this library's only")
+            handed.update(ours)
+            return ours
 
         def restore(_: torch.optim.Optimizer) -> None:
-            for ours, group in zip(structure, self.param_groups, strict=True):
-                group |= {name: value for name, value in self.defaults.items() if name not in group} | ours
+            for ours, group in zip(before, self.param_groups, strict=True):
+                group |= {name: value for name, value in ours.items() if name not in group} | structure_of(ours)
             self._undo_casts(handed)
 
         hooks = (
@@ -174,6 +182,12 @@ class WeightNormOptimizer(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+        if not was_ours:
+            warnings.warn(
+                "the state is of a plain torch optimizer: its moments were projected into those of v and g, second "
+                "moments as if gradients of different elements were uncorrelated. Pass strict=True to refuse it",
+                stacklevel=2,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("_rule", "_g_rule", "_backend")}
@@ -210,7 +224,7 @@ class WeightNormOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 name = backend_of(self._backend, self._rule, self._g_rule, group, parameter)
-                if name != "torch" and _counts_apart(self.state.get(parameter, {})):
+                if name != "torch" and group["g_lr"] != 0 and _counts_apart(self.state.get(parameter, {})):
                     name = "torch"  # kernels correct the bias of g's moments by v's count
                 found.setdefault(name, []).append((parameter, index))
         engines: list[Engine | Fused] = []

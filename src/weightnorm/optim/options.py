@@ -95,6 +95,6 @@ def check_structure(ours: list[Group], saved_groups: list[Group]) -> None:
     """Raise ValueError if a saved state is of groups that were normalised otherwise than ours."""
     if len(saved_groups) != len(ours):
         return  # torch says so
-    for mine, saved in zip(ours, saved_groups, strict=True):
+    for mine, saved in zip(map(structure_of, ours), saved_groups, strict=True):
         if (theirs := structure_of(mine | saved)) != mine:
             raise ValueError(f"saved for a group with {theirs}, loaded into one with {mine}; build both alike")

@@ -56,6 +56,11 @@ def check_sharding(rule: Rule, weights: Iterable[Tensor]) -> None:
             )
 
 
+def class_of(rule: Rule) -> Any:
+    """Return the class that a rule is, or is a partial of."""
+    return rule.func if isinstance(rule, partial) else rule
+
+
 def _class_names(rule: Rule | None) -> list[str]:
-    kind = rule.func if isinstance(rule, partial) else rule
+    kind = class_of(rule) if rule else None
     return [base.__name__ for base in kind.__mro__] if inspect.isclass(kind) else []

@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -194,3 +195,25 @@ def test_cached_lets_errors_through():
     with pytest.raises(KeyError), wn.cached(model):
         raise KeyError
     assert model.weight is not model.weight
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("made_in", [nullcontext, torch.inference_mode])
+def test_cached_without_gradients(mode, made_in):
+    with made_in():
+        model = wn.weight_norm(net()).eval()
+    x = torch.randn(2, 3, 7)
+    with mode():
+        expected = model(x)
+        with wn.cached(model):
+            torch.testing.assert_close(model(x), expected)
+            assert model[3].weight is model[3].weight
+            assert not model[3].weight.requires_grad
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_write_inside_cached_is_refused_not_lost(mode):
+    model = wn.weight_norm(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="changed inside"), mode(), wn.cached(model):
+        nn.init.ones_(model.weight)
+    torch.testing.assert_close(model(torch.eye(3)) - model.bias, torch.ones(3, 2))

@@ -65,7 +65,7 @@ class Alone:
         """Return the gradients at v and g."""
         if v.stride() != self._kind.stride:  # autograd's hooks may bring back another layout than they were given
             v = torch.empty_strided(v.shape, self._kind.stride, dtype=v.dtype, device=v.device).copy_(v)
-        grad = described(grad, v, self._axis)
+        grad, g = described(grad, v, self._axis), g.contiguous()
         grad_v, grad_g, at, grad_at = torch.empty_like(v), torch.empty_like(g), v.data_ptr(), grad.data_ptr()
         run = self._pass((at | grad_at) % 16 == 0, grad.stride(), grad.dtype)
         run(at, g.data_ptr(), grad_at, grad_v.data_ptr(), grad_g.data_ptr())

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """The weight ``w = g v/‖v‖`` in Triton, and with ``BACK`` its gradients instead: eqs. 2 and 3 in one pass.
 
 ``one`` takes a weight's addresses and layout as arguments, so that little is done to launch it; ``many`` reads those of

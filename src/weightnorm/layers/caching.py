@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from weightnorm.layers.compose import compose_all
-from weightnorm.layers.computed import Origin, written_through
+from weightnorm.layers.apart import compose_apart
+from weightnorm.layers.computed import writes_counted
 from weightnorm.layers.parametrization import CACHED, Cached, WeightNorm
 
 
@@ -43,12 +43,12 @@ def cached(model: nn.Module) -> Iterator[None]:
         torch.Size([2, 1])
     """
     held = [one for one in _holders(model) if one.__dict__.get(CACHED) is None]
-    weights = compose_all(
-        [one.original1 for one in held], [one[0].lengths(one.original0) for one in held], [one[0].axis for one in held]
-    )
-    leaves = [_leaf(one, weight) for one, weight in zip(held, weights, strict=True)]
+    forms, (gs, vs) = [one._modules["0"] for one in held], _tensors(held)
+    with writes_counted():
+        lengths = [form.lengths(g) for form, g in zip(forms, gs, strict=True)]
+        weights, pull_back = compose_apart(vs, lengths, [form.axis for form in forms])
     before = _marks(held)
-    ours = [Cached(leaf) for leaf in leaves]
+    ours = [Cached(one, weight) for one, weight in zip(held, weights, strict=True)]
     for one, cached_weight in zip(held, ours, strict=True):
         one.__dict__[CACHED] = cached_weight  # past nn.Module, which would register it
     try:
@@ -62,26 +62,31 @@ def cached(model: nn.Module) -> Iterator[None]:
             "g or v of a cached weight changed inside cached(): an optimizer stepped, or a weight was set. Leave the "
             "context first; gradients were dropped"
         )
-    used = [(w, leaf.grad) for w, leaf in zip(weights, leaves, strict=True) if leaf.grad is not None]
-    if used:
-        torch.autograd.backward([w for w, _ in used], [grad for _, grad in used])
+    pull_back()
 
 
 def _holders(model: nn.Module) -> list[Any]:
     """Return what holds ``g`` and ``v`` of each weight that ours alone parametrizes."""
-    return [
-        part
-        for part in model.modules()
-        if isinstance(part, parametrize.ParametrizationList) and len(part) == 1 and isinstance(part[0], WeightNorm)
-    ]
+    found, parts = list[Any](), {model: None}  # walked here, since model.modules() takes several times as long
+    waiting = [model]
+    for part in waiting:
+        if isinstance(part, parametrize.ParametrizationList):
+            if len(part._modules) == 1 and isinstance(part._modules["0"], WeightNorm):
+                found.append(part)
+            continue
+        new = [child for child in part._modules.values() if child is not None and child not in parts]
+        parts |= dict.fromkeys(new)
+        waiting += dict.fromkeys(new)
+    return found
 
 
-def _leaf(held: Any, weight: Tensor) -> Tensor:
-    leaf = weight.detach().as_subclass(Tensor).requires_grad_(weight.requires_grad)
-    return written_through(leaf, Origin(held[0], held.original0, held.original1))
+def _tensors(held: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return every ``g`` and every ``v``."""
+    of_each = [one._parameters or one._buffers for one in held]  # a buffer may be weight-normalised as well
+    return [one["original0"] for one in of_each], [one["original1"] for one in of_each]
 
 
 def _marks(held: list[Any]) -> list[tuple[int, int, int]]:
     """Return what tells whether a tensor was written to, replaced, or given other memory."""
-    tensors = [tensor for one in held for tensor in (one.original0, one.original1)]
+    tensors = chain(*_tensors(held))
     return [(id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]

@@ -4,11 +4,10 @@ Whoever traces, transforms or differentiates through a gradient meets ``formula`
 gets a fused forward and a fused backward: Triton's on a GPU; on the CPU torch's own where there is one.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,9 @@ from weightnorm.axes import Axis
 from weightnorm.kernels import compose as kernels
 from weightnorm.kernels.layout import is_dense
 from weightnorm.kernels.trust import works
+
+if TYPE_CHECKING:
+    from weightnorm.kernels.compose_launches import Alone
 
 _DTYPES = (torch.float32, torch.float64)  # of torch's kernels, as far as their results are good enough
 _PLAIN = (Tensor, nn.Parameter)  # subclasses (DTensor, FakeTensor) have their own ways
@@ -46,29 +48,10 @@ def compose_unwatched(v: Tensor, g: Tensor, axis: Axis) -> Tensor:
         w = _by_torch(v, g, view)
         if w is not None:
             return w
+    kernel = kernel_of(v, g, axis)
     if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
-        return _apply(v, g, axis)
-    return _fused(v, g, axis)
-
-
-def compose_all(vs: Sequence[Tensor], gs: Sequence[Tensor], axes: Sequence[Axis]) -> list[Tensor]:
-    """Return the weights of a model; where kernels take them, by one launch forward and one backward.
-
-    Args:
-        vs: the directions.
-        gs: their lengths.
-        axes: where the vectors lie.
-    """
-    weights = list[Any]([None] * len(vs))
-    together = [i for i, (v, g, axis) in enumerate(zip(vs, gs, axes, strict=True)) if _has_kernels(v, g, axis)]
-    if len(together) > 1 and not is_watched():
-        pairs = [tensor for i in together for tensor in (vs[i], gs[i])]
-        for i, weight in zip(together, _ComposeAll.apply([axes[i] for i in together], *pairs), strict=True):
-            weights[i] = weight
-    return [
-        compose(v, g, axis) if weight is None else weight
-        for weight, v, g, axis in zip(weights, vs, gs, axes, strict=True)
-    ]
+        return _apply(v, g, axis, kernel)
+    return by_formula(v, g, axis) if kernel is None else kernel.forward(v, g)
 
 
 def by_formula(v: Tensor, g: Tensor, axis: Axis) -> Tensor:
@@ -94,49 +77,29 @@ def is_watched() -> bool:
 
 class _Compose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, v: Tensor, g: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
+    def forward(ctx: Any, v: Tensor, g: Tensor, axis: Axis, kernel: "Alone | None") -> Tensor:
+        ctx.axis, ctx.kernel = axis, kernel
         ctx.save_for_backward(v, g)
-        return _fused(v, g, axis).detach()  # not a view, which a Function's result must not be
+        if kernel is not None:
+            return kernel.forward(v, g)
+        return by_formula(v, g, axis).detach()  # not a view, which a Function's result must not be
 
     @staticmethod
-    def backward(ctx: Any, grad_w: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_w: Tensor) -> tuple[Tensor, Tensor, None, None]:
         v, g = ctx.saved_tensors
-        if torch.is_grad_enabled() or not _has_kernels(v, g, ctx.axis):  # enabled: it will be differentiated again
-            return (*gradients(grad_w, v, g, ctx.axis), None)
-        (grad_v,), (grad_g,) = kernels.backward([grad_w], [v], [g], [ctx.axis])
-        return grad_v, grad_g, None
+        if ctx.kernel is None or torch.is_grad_enabled():  # enabled: it will be differentiated again
+            return *gradients(grad_w, v, g, ctx.axis), None, None
+        return *ctx.kernel.backward(grad_w, v, g), None, None
 
 
 # Function.apply first asks about functorch, as ``compose`` has done.
 _apply: Any = super(torch.autograd.Function, _Compose).apply
 
 
-class _ComposeAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, axes: list[Axis], *pairs: Tensor) -> tuple[Tensor, ...]:
-        ctx.axes = axes
-        ctx.save_for_backward(*pairs)
-        ctx.set_materialize_grads(False)
-        return tuple(kernels.forward(pairs[::2], pairs[1::2], axes))
-
-    @staticmethod
-    def backward(ctx: Any, *grad_ws: Tensor | None) -> tuple[Any, ...]:
-        vs, gs = ctx.saved_tensors[::2], ctx.saved_tensors[1::2]
-        if torch.is_grad_enabled():
-            members = zip(grad_ws, vs, gs, ctx.axes, strict=True)
-            found = [(None, None) if grad is None else gradients(grad, v, g, axis) for grad, v, g, axis in members]
-        else:
-            found = list(zip(*kernels.backward(grad_ws, vs, gs, ctx.axes), strict=True))
-        return (None, *(grad for pair in found for grad in pair))
-
-
-def _fused(v: Tensor, g: Tensor, axis: Axis) -> Tensor:
-    return kernels.forward([v], [g], [axis])[0] if _has_kernels(v, g, axis) else by_formula(v, g, axis)
-
-
-def _has_kernels(v: Tensor, g: Tensor, axis: Axis) -> bool:
-    return kernels.takes(v, g, axis) and works("the weight", v.device, _composes_rightly)
+def kernel_of(v: Tensor, g: Tensor, axis: Axis) -> "Alone | None":
+    """Return what composes a weight by kernels, tried and found right; None where plain torch does."""
+    kernel = kernels.one(v, g, axis)
+    return kernel if kernel is not None and works("the weight", v.device, _composes_rightly) else None
 
 
 def _composes_rightly(device: torch.device) -> bool:
@@ -159,6 +122,7 @@ class _View:
     Attributes:
         dim: the axis they are told.
         order: of the tensor's axes in memory; None: as they are, and nothing needs to be done.
+        back: the order that undoes it.
         shape: with the axes in that order.
         size: then as a matrix.
         copies: whether that is another order than the memory's, so that it takes a copy each way.
@@ -166,6 +130,7 @@ class _View:
 
     dim: int
     order: tuple[int, ...] | None = None
+    back: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
     size: tuple[int, int] = (0, 0)
     copies: bool = False
@@ -176,8 +141,7 @@ class _View:
     def from_matrix(self, x: Tensor) -> Tensor:
         if self.order is None:
             return x
-        back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        w = x.reshape(self.shape).permute(back)
+        w = x.reshape(self.shape).permute(self.back)
         return w.contiguous() if self.copies else w
 
     def lengths(self, g: Tensor) -> Tensor:
@@ -217,10 +181,11 @@ def _view(shape: torch.Size, stride: tuple[int, ...], axis: Axis) -> _View | Non
     order = tuple(sorted(range(v.ndim), key=lambda i: (-stride[i], i)))
     rows = prod(shape[i] for i in kept)
     size = (rows, v.numel() // rows)
-    if order[len(order) - len(kept) :] == kept and kept:
-        return _View(1, order, tuple(shape[i] for i in order), size[::-1])
-    copies = order[: len(kept)] != kept
-    if copies and not v.is_contiguous():
-        return None
-    order = (*kept, *(i for i in order if i not in kept))
-    return _View(0, order, tuple(shape[i] for i in order), size, copies)
+    dim, copies = int(bool(kept) and order[len(order) - len(kept) :] == kept), False
+    if dim == 0:
+        copies = order[: len(kept)] != kept
+        if copies and not v.is_contiguous():
+            return None
+        order = (*kept, *(i for i in order if i not in kept))
+    back = tuple(sorted(range(v.ndim), key=order.__getitem__))
+    return _View(dim, order, back, tuple(shape[i] for i in order), size[::-1] if dim else size, copies)

@@ -5,7 +5,8 @@ computed, so without this they would fill a temporary tensor and change nothing,
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -88,8 +89,29 @@ class ComputedWeight(Tensor):
             return self.detach().clone().requires_grad_(self.requires_grad)
 
 
-def written_through(w: Tensor, origin: Origin) -> Tensor:
-    """Return a weight just computed, in such a way that writes to it reach its layer."""
+def writes_counted() -> AbstractContextManager[None]:
+    """Return a context in which tensors are made that count the writes to them, as those of inference mode do not."""
+    return _out_of_inference() if torch.is_inference_mode_enabled() else nullcontext()
+
+
+@contextmanager
+def _out_of_inference() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def written_through(w: Tensor, parametrization: Any, g: Tensor, v: Tensor) -> Tensor:
+    """Return a weight just computed, in such a way that writes to it reach its layer, where writes are counted.
+
+    Args:
+        w: the weight.
+        parametrization: turns a weight into ``(g, v)``.
+        g: the lengths it was computed from.
+        v: the direction it was computed from.
+    """
+    if type(w) is not Tensor or any(tensor.is_inference() for tensor in (w, g, v)):
+        return w
+    origin = Origin(parametrization, g, v)
     origin.written, origin.grad_fn = w._version, _node(w)
     w.__class__ = ComputedWeight  # last: each look at one goes through __torch_function__
     w._origin = origin  # type: ignore[attr-defined]

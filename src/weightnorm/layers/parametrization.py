@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.utils import parametrize
 from weightnorm.axes import Axis
 from weightnorm.formula import decompose, length_floor, wide_dtype
 from weightnorm.layers.compose import compose, compose_unwatched, is_watched
-from weightnorm.layers.computed import Origin, written_through
+from weightnorm.layers.computed import writes_counted, written_through
 
 _V_STD = 0.05  # of the direction of a vector that has none, as the paper draws all (section 3)
 
@@ -38,12 +37,10 @@ class WeightNorm(nn.Module):
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """Return the weight; outside of compilers and transforms, one that writes through."""
-        if is_watched() or g.is_inference():
+        if is_watched():
             return compose(v, self.lengths(g), self.axis)
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            # In inference mode nothing would count the writes to it.
-            w = compose(v, self.lengths(g), self.axis)
-            return w if type(w) is not Tensor else written_through(w, Origin(self, g, v))
+        with writes_counted():
+            return written_through(compose(v, self.lengths(g), self.axis), self, g, v)
 
     def lengths(self, g: Tensor) -> Tensor:
         """Return the lengths themselves."""
@@ -81,12 +78,21 @@ CACHED = "cached_weight"  # where the holder of g and v has a weight that was co
 
 
 class Cached:
-    """A weight composed beforehand, for this holder alone: a deep copy of the holder has none."""
+    """A weight composed beforehand, for this holder alone: a deep copy of the holder has none.
 
-    __slots__ = ("weight",)
+    Args:
+        held: the holder.
+        weight: the weight, a leaf.
+    """
 
-    def __init__(self, weight: Tensor):
-        self.weight = weight
+    __slots__ = ("held", "weight")
+
+    def __init__(self, held: Any, weight: Tensor):
+        self.held, self.weight = held, weight
+
+    def to_write(self) -> Tensor:
+        """Return the weight for someone who may write to it; the same tensor."""
+        return written_through(self.weight, self.held[0], self.held.original0, self.held.original1)
 
     def __deepcopy__(self, _: Any) -> None:
         return None
@@ -113,14 +119,15 @@ def _getter(name: str, slow: Callable[[nn.Module], Tensor], reader: Any) -> Call
         if parametrize._cache_enabled or is_watched():
             return slow(module)
         held: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+        reads_only = sys._getframe(1).f_code is reader
         cached: Cached | None = held.__dict__.get(CACHED)
         if cached is not None:
-            return cached.weight
+            return cached.weight if reads_only else cached.to_write()
         tensors = held._parameters or held._buffers  # a buffer may be weight-normalised as well
         if len(held._modules) > 1 or "original0" not in tensors:  # DataParallel's replicas have plain attributes
             return slow(module)
         ours, g, v = held._modules["0"], tensors["original0"], tensors["original1"]
-        if sys._getframe(1).f_code is reader:
+        if reads_only:
             return compose_unwatched(v, ours.lengths(g), ours.axis)
         weight: Tensor = ours.forward(g, v)
         return weight

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 from arms import WARM_UP, Case, normalised
-from report import Report, Table, chosen, common_options, milliseconds, progress, spread
+from report import Report, Table, chosen, common_options, milliseconds, parsed_beside_copy, progress, spread
 from shapes import STEPPED, Build
 from timing import Arm, Failure, Stopwatch, Times, attempt, copy_arm, free_memory, time_in_turn
 from torch import Tensor, nn
@@ -222,15 +222,9 @@ def parsed() -> argparse.Namespace:
     default = "linear,conv,conv1d,transposed,wav2vec2,hifigan,hifigan-gan,dac,convpool"
     parser.add_argument("--models", default=default, help=f"of {', '.join(SUBJECTS)}")
     parser.add_argument("--bf16", action="store_true", help="weights and gradients in bfloat16")
-    parser.add_argument("--copy-bytes", type=int, help="that measure the bandwidth; None: 1 GiB, on a CPU 256 MiB")
-    parser.add_argument("--flush", action=argparse.BooleanOptionalAction, help="caches; None: on a GPU")
-    options = parser.parse_args()
-    on_gpu = options.device.type == "cuda"
-    if options.flush is None:
-        options.flush = on_gpu
+    options = parsed_beside_copy(parser)
     if options.quick:
         options.models, options.repeats = "small,tiny", 5
-    options.copy_bytes = options.copy_bytes or (1 << 24 if options.quick else 1 << 30 if on_gpu else 1 << 28)
     return options
 
 

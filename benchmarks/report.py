@@ -119,7 +119,7 @@ class Report:
 
 
 def common_options(description: str, repeats: int) -> argparse.ArgumentParser:
-    """Return a parser of what both benchmarks are asked."""
+    """Return a parser of what every benchmark is asked."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=default_device, help="cuda or cpu")
@@ -128,6 +128,18 @@ def common_options(description: str, repeats: int) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder for the report; a file that is there is never overwritten")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few repeats, to try the script itself")
     return parser
+
+
+def parsed_beside_copy(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the command line's options, with those of a benchmark that times a copy beside."""
+    parser.add_argument("--copy-bytes", type=int, help="that measure the bandwidth; None: 1 GiB, on a CPU 256 MiB")
+    parser.add_argument("--flush", action=argparse.BooleanOptionalAction, help="caches; None: on a GPU")
+    options = parser.parse_args()
+    on_gpu = options.device.type == "cuda"
+    if options.flush is None:
+        options.flush = on_gpu
+    options.copy_bytes = options.copy_bytes or (1 << 24 if options.quick else 1 << 30 if on_gpu else 1 << 28)
+    return options
 
 
 def chosen(names: str, known: Sequence[str]) -> list[str]:

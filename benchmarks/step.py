@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 from arms import Case, Stepper, TorchWeightNorm, bytes_moved, state_bytes, stepper, torch_adamw
-from report import Report, Table, chosen, common_options, milliseconds, progress, ratio, spread
+from report import Report, Table, chosen, common_options, milliseconds, parsed_beside_copy, progress, ratio, spread
 from shapes import ROW_LENGTHS, STEPPED, Build, one_matrix
 from timing import Arm, Failure, Stopwatch, Times, attempt, copy_arm, free_memory, time_in_turn
 
@@ -215,16 +215,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="also torch's weight_norm compiled; takes minutes")
     parser.add_argument("--weights", type=int, default=160_000_000, help="of the tensor in --rows, about")
     parser.add_argument("--row-lengths", default=",".join(map(str, ROW_LENGTHS)), help="in --rows")
-    parser.add_argument("--copy-bytes", type=int, help="that measure the bandwidth; None: 1 GiB, on a CPU 256 MiB")
     parser.add_argument("--moving-gradients", action="store_true", help="eager: elsewhere in memory every other step")
-    parser.add_argument("--flush", action=argparse.BooleanOptionalAction, help="caches; None: on a GPU")
-    options = parser.parse_args()
-    on_gpu = options.device.type == "cuda"
-    if options.flush is None:
-        options.flush = on_gpu
+    options = parsed_beside_copy(parser)
     if options.quick:
         options.models, options.repeats, options.weights, options.row_lengths = "tiny", 5, 100_000, "96,4096"
-    options.copy_bytes = options.copy_bytes or (1 << 24 if options.quick else 1 << 30 if on_gpu else 1 << 28)
     options.row_lengths = [int(length) for length in options.row_lengths.split(",")]
     return options
 

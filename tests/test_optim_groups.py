@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import warnings
 from functools import partial
 
 import pytest
@@ -36,6 +37,12 @@ def treatments(model, **choices):
     }
 
 
+def hooked(layer):
+    """Return a layer as torch's deprecated weight_norm makes it."""
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return nn.utils.weight_norm(layer)
+
+
 MODELS = {
     "conv net": (
         conv_net(),
@@ -57,6 +64,10 @@ MODELS = {
     "parametrized": (
         torch_weight_norm(nn.Linear(3, 4)),
         {"parametrizations.weight.original1": "carries another parametrization", "bias": "a vector"},
+    ),
+    "torch's old hook": (
+        hooked(nn.Linear(3, 4)),
+        {"weight_v": "carries another parametrization", "weight_g": "carries another parametrization"},
     ),
     "two models": ([nn.Linear(3, 4), nn.Linear(3, 4)], {"0.weight": (0, 1), "1.weight": (0, 1)}),
 }

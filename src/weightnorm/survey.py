@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm as TorchHook
 
 from weightnorm.axes import Axis, output_axis
 
@@ -90,19 +91,24 @@ def _entry(
 
 def _treatment(parameter: nn.Parameter, uses: list[Use], included: bool) -> tuple[Axis | None, str]:
     """Return the axis of a parameter with these uses, or None and why it stays plain."""
-    axes = {output_axis(module, _last(name)) for name, module in uses}
+    axes = {output_axis(module, last_part(name)) for name, module in uses}
     if parameter.numel() == 0:
         return None, "empty"
-    if any(isinstance(module, ParametrizationList) for _, module in uses):
+    if any(_is_parametrized(module, last_part(name)) for name, module in uses):
         return None, "carries another parametrization"
     if axes == {None}:
-        known = " and ".join(sorted({f"{type(module).__name__}.{_last(name)}" for name, module in uses}))
+        known = " and ".join(sorted({f"{type(module).__name__}.{last_part(name)}" for name, module in uses}))
         return None, "a vector" if parameter.ndim < 2 else f"no output axis known for {known} (register_axis)"
     if len(axes) > 1:
         return None, "shared by layers with different output axes"
     if not included and any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for _, module in uses):
         return None, "an embedding" if len(uses) == 1 else "tied to an embedding"
     return axes.pop(), ""
+
+
+def _is_parametrized(module: nn.Module, name: str) -> bool:
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, TorchHook)]
+    return isinstance(module, ParametrizationList) or any(name in (f"{h.name}_g", f"{h.name}_v") for h in hooks)
 
 
 def _checked(what: str, choices: Choice | Sequence[Choice], owners: Iterable[list[Use]]) -> Sequence[Choice]:
@@ -124,5 +130,6 @@ def _chosen(use: Use, choices: Sequence[Choice]) -> bool:
     return any(fnmatchcase(name, c) if isinstance(c, str) else isinstance(module, c) for c in choices)
 
 
-def _last(name: str) -> str:
+def last_part(name: str) -> str:
+    """Return a parameter's name in its layer."""
     return name.rpartition(".")[2]

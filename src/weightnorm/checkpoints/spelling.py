@@ -9,6 +9,7 @@ from torch import Tensor
 
 from weightnorm.axes import Axis, axes_of_lengths
 from weightnorm.formula import wide_dtype
+from weightnorm.survey import last_part
 
 Spelling = Literal["plain", "gv", "original"]
 SPELLINGS: tuple[Spelling, ...] = ("plain", "gv", "original")
@@ -67,7 +68,7 @@ def keys_of(name: str, spelling: Spelling) -> tuple[str, ...]:
         return (name,)
     if spelling == "gv":
         return f"{name}_g", f"{name}_v"
-    prefix = name.removesuffix(_leaf(name)) + f"parametrizations.{_leaf(name)}"
+    prefix = name.removesuffix(last_part(name)) + f"parametrizations.{last_part(name)}"
     return f"{prefix}.original0", f"{prefix}.original1"
 
 
@@ -111,7 +112,7 @@ def _hooked(sd: Mapping[str, Any], name: str) -> Stored | None:
     g_key, v_key = keys_of(name, "gv")
     g, v = _tensor(sd, g_key), _tensor(sd, v_key)
     stored = Stored(name, "gv", (v_key, g_key), v, g)
-    if g is not None and "weight" in _leaf(name):
+    if g is not None and "weight" in last_part(name):
         return stored
     return stored if stored.axes and g is not None and v is not None and g.ndim >= v.ndim else None
 
@@ -132,7 +133,3 @@ def _parametrized(sd: Mapping[str, Any], name: str, members: set[str]) -> Stored
 def _tensor(sd: Mapping[str, Any], key: str) -> Tensor | None:
     value = sd.get(key)
     return value if isinstance(value, Tensor) else None
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]

@@ -11,7 +11,7 @@ from weightnorm.axes import Axis, output_axis
 from weightnorm.formula import Dim
 from weightnorm.layers import loading
 from weightnorm.layers.parametrization import WeightNorm, attach
-from weightnorm.survey import Choice, Use, survey
+from weightnorm.survey import Choice, Use, last_part, survey
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -68,7 +68,7 @@ def weight_norm(
         dim = None
     shared: Sequence[Sequence[Use]] = [[(name, module)]] if _has(module, name) else _weights_of(module, name, skip)
     planned = [
-        [(layer, _last(whole), _plan(layer, _last(whole), dim, log_g)) for whole, layer in uses] for uses in shared
+        [(layer, last_part(path), _plan(layer, last_part(path), dim, log_g)) for path, layer in uses] for uses in shared
     ]
     for tied in planned:
         first = None
@@ -114,7 +114,7 @@ def _has(module: nn.Module, name: str) -> bool:
 
 def _weights_of(model: nn.Module, name: str, skip: Choice | Sequence[Choice]) -> Sequence[Sequence[Use]]:
     """Return the uses of each weight in a container that is to be normalised."""
-    entries = [entry for entry in survey(model, skip=skip) if name == "weight" or _last(entry.name) == name]
+    entries = [entry for entry in survey(model, skip=skip) if name == "weight" or last_part(entry.name) == name]
     torn = [entry.name for entry in entries if entry.reason.startswith("shared by layers")]
     if torn:
         raise ValueError(
@@ -130,7 +130,3 @@ def _weights_of(model: nn.Module, name: str, skip: Choice | Sequence[Choice]) ->
             "parameter, or teach its layer with weightnorm.register_axis"
         )
     return found
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]

@@ -34,7 +34,7 @@ def cached(model: nn.Module) -> Iterator[None]:
         ValueError: on leaving, if ``g`` or ``v`` changed inside.
 
     Example:
-        >>> import weightnorm as wn
+        >>> import torch, weightnorm as wn
         >>> model = wn.weight_norm(nn.Linear(3, 2))
         >>> with wn.cached(model):
         ...     model(torch.ones(1, 3)).sum().backward()

@@ -1,6 +1,8 @@
 """Data-dependent initialisation: afterwards the same batch finds every unit standardised, and nothing else changed."""
 
 import copy
+import io
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from torch import nn
 import weightnorm as wn
 from feedforward import CASES, LAYERS, assert_unchanged, called, chain, deviation, made, pre_activations, snapshot, x_of
 from weightnorm.data_dependent import DataInitReport, LayerReport
+
+G = "parametrizations.weight.original0"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -40,8 +44,12 @@ def test_it_changes_nothing_but_weights_and_biases_and_the_pass_saw_what_the_nex
     net, batch = made(name)
     net.train()
     next(net.children(), net).eval()  # flags differ between modules
-    layers = [path for path, module in net.named_modules() if isinstance(module, LAYERS)]
-    names = {f"{path}.{own}".lstrip(".") for path in layers for own in ("weight", "bias")}
+    everywhere = net.named_modules(remove_duplicate=False)
+    layers = [path for path, module in everywhere if isinstance(module, LAYERS)]
+    names = {f"{path}.{own}".lstrip(".") for path in layers for own in ("weight", "bias", G)}
+    names |= {"self_attn.in_proj_weight", "self_attn.in_proj_bias"}
+    means = [path for path, module in net.named_modules() if isinstance(module, wn.MeanOnlyBatchNorm)]
+    names |= {f"{path}.{own}" for path in means for own in ("running_mean", "num_batches_tracked")}
     before = snapshot(net)
     outputs = []
     with net.register_forward_hook(lambda net, args, output: outputs.append(output.clone())):
@@ -49,7 +57,7 @@ def test_it_changes_nothing_but_weights_and_biases_and_the_pass_saw_what_the_nex
     assert_unchanged(net, before, names)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in net.parameters())
     assert not any(module._forward_hooks for module in net.modules())
-    assert torch.equal(called(net.train(), batch), outputs[0])
+    assert torch.equal(called(net.train(), batch), outputs[-1])
 
 
 def test_directions_are_kept_and_each_output_channel_of_a_grouped_transposed_convolution_has_its_own_factor():
@@ -80,15 +88,40 @@ def test_another_standard_deviation():
     assert std < 1e-4
 
 
-def test_a_layer_without_a_bias_is_only_scaled_and_the_bias_behind_it_stays():
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_before_mean_only_batch_norm_a_layer_is_only_scaled_and_the_running_mean_is_that_of_the_batch(
+    momentum, train, bias
+):
     net, batch = made("mean-only batch norm")
-    before = pre_activations(net, batch)[net[0]]
-    running = net[1].running_mean.clone()
-    wn.data_init(net, batch)
+    net[0] = nn.Conv2d(3, 8, 3, bias=bias)
+    net[1].momentum = net[4].momentum = momentum
+    found, biases = pre_activations(net, batch)[net[0]], copy.deepcopy(net[0].bias)
+    wn.data_init(net, batch, train=train)
+    assert [net[1].num_batches_tracked, net[4].num_batches_tracked] == [1, 1]  # the first that they have seen
+    means = [net[1].running_mean.clone(), net[4].running_mean.clone()]
     assert not net[1].bias.any()
-    assert torch.equal(net[1].running_mean, running)
-    after = pre_activations(net, batch)[net[0]]
-    np.testing.assert_allclose(after, before / before.std(1, keepdims=True), rtol=1e-4, atol=1e-5)
+    assert not bias or torch.equal(net[0].bias, biases)
+    seen = pre_activations(net, batch)
+    shift = biases.detach().double().numpy()[:, None] if bias else 0
+    scaled = (found - shift) / found.std(1, keepdims=True) + shift
+    np.testing.assert_allclose(seen[net[0]], scaled, rtol=1e-4, atol=1e-5)
+    for layer, mean in zip((net[0], net[3]), means, strict=True):
+        np.testing.assert_allclose(mean, seen[layer].mean(1), rtol=1e-4, atol=1e-5)
+
+
+def test_before_batch_norm_a_layer_stays_and_nobody_is_warned():
+    net, batch = made("batch norm")
+    net.insert(0, nn.Conv2d(3, 3, 1))
+    net.insert(1, nn.ReLU(inplace=True))
+    net.insert(2, nn.BatchNorm2d(3))  # what it takes in is no longer what the layer before has put out
+    before = copy.deepcopy(net.state_dict())
+    with warnings.catch_warnings(action="error"):
+        report = wn.data_init(net, batch)
+    assert report.left_out == {"3": "feeds batch normalization, 4"}
+    assert [layer.name for layer in report.layers] == ["0", "6"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items() if name[0] not in "06")
 
 
 def test_dropout_and_noise_are_active_unless_train_is_false():
@@ -147,6 +180,9 @@ def test_the_report_tells_what_was_measured():
     before = next(iter(pre_activations(net, batch).values()))
     report = wn.data_init(net, batch)
     assert [(layer.name, layer.units) for layer in report.layers] == [("1", 8), ("3", 12), ("9", 10)]
+    for layer, own in zip(report.layers, (net[1], net[3], net[9]), strict=True):
+        lengths = own.weight.detach().flatten(1).norm(dim=1)
+        np.testing.assert_allclose(layer.lengths, [lengths.min(), lengths.max()], rtol=1e-5)
     first = report.layers[0]
     np.testing.assert_allclose(first.mean_before, [before.mean(1).min(), before.mean(1).max()], rtol=1e-4)
     np.testing.assert_allclose(first.std_before, [before.std(1).min(), before.std(1).max()], rtol=1e-4)
@@ -154,12 +190,29 @@ def test_the_report_tells_what_was_measured():
         np.testing.assert_allclose([*layer.mean_after, *layer.std_after], [0, 0, 1, 1], atol=1e-4)
 
 
+REPORT = DataInitReport(
+    (
+        LayerReport("features.0", 64, (-0.25, 0.5), (0.125, 0.75), (0.0, 0.0), (1.0, 1.0), (0.5, 2.0)),
+        LayerReport("head", 10, (-1.5, 12.0), (0.0, 3.0), (0.0, 7.0), (0.0, 1.0), (0.0, 1.0), tuple(range(9))),
+    ),
+    {"idle": "never ran"},
+)
+
+
 def test_the_report_prints_as_a_table():
-    first = LayerReport("features.0", 64, (-0.25, 0.5), (0.125, 0.75), (0.0, 0.0), (1.0, 1.0))
-    second = LayerReport("head", 10, (-1.5, 12.0), (0.0, 3.0), (0.0, 7.0), (0.0, 1.0), tuple(range(9)))
-    assert str(DataInitReport((first, second), {"idle": "never ran"})).splitlines() == [
-        "layer       units   mean before     std before  mean after  std after                         left alone",
-        "features.0     64  -0.25 to 0.5  0.125 to 0.75      0 to 0     1 to 1                                  -",
-        "head           10    -1.5 to 12         0 to 3      0 to 7     0 to 1  0, 1, 2, 3, 4, 5, 6, 7 and 1 more",
+    left = "left alone"
+    assert str(REPORT).splitlines() == [
+        f"layer       units   mean before     std before  mean after  std after   g after  {left:>33}",
+        f"features.0     64  -0.25 to 0.5  0.125 to 0.75      0 to 0     1 to 1  0.5 to 2  {'-':>33}",
+        "head           10    -1.5 to 12         0 to 3      0 to 7     0 to 1    0 to 1  "
+        "0, 1, 2, 3, 4, 5, 6, 7 and 1 more",
         "idle never ran",
     ]
+
+
+def test_rich_prints_it_too():
+    console = pytest.importorskip("rich.console").Console(width=200, record=True, file=io.StringIO())
+    console.print(REPORT)
+    text = console.export_text()
+    assert "-0.25 to 0.5" in text
+    assert "idle never ran" in text

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import weightnorm as wn
 from feedforward import assert_unchanged, snapshot, x_of
-from weightnorm.data_dependent.units import is_constant
+from weightnorm.data_dependent.moments import Moments
 
 
 def test_units_that_do_not_vary_are_left_alone_and_named():
@@ -49,7 +49,8 @@ def test_units_that_do_not_vary_are_left_alone_and_named():
     ],
 )
 def test_the_floor_under_which_a_unit_is_constant(mean, std, dtype, expected):
-    assert is_constant(torch.tensor(mean, dtype=torch.float32), torch.tensor(std), dtype).tolist() == expected
+    count, mean, std = torch.full((2,), 10.0), torch.tensor(mean, dtype=torch.float32), torch.tensor(std)
+    assert Moments(count, mean, std.square() * count, dtype).is_constant().tolist() == expected
 
 
 def test_a_batch_of_one_sets_nothing_in_a_linear_layer():
@@ -81,7 +82,7 @@ def interrupt(x):
         (lambda x: x * float("nan"), ValueError, r"^layer 5 puts out NaN or infinity.*nothing was set"),
         (lambda x: torch.where(x == x.max(), float("inf"), x), ValueError, r"^layer 5 puts out NaN or infinity"),
         (lambda x: x * 1e30, ValueError, r"^layer 5 puts out NaN or infinity"),  # its square is past float32's range
-        (lambda x: x[:0], ValueError, r"^layer 5 puts out nothing, shape \(0, 4\)"),
+        (lambda x: x[:0], ValueError, r"^layer 5 puts out nothing\. Pass a batch that is not empty"),
         (lambda x: x[:, :-1], RuntimeError, "shapes"),
         (interrupt, KeyboardInterrupt, None),
     ],
@@ -127,7 +128,8 @@ class Tied(nn.Module):
         self.table, self.body = nn.Embedding(7, 5), nn.Linear(5, 5)
         self.same, self.head, self.idle = nn.Linear(5, 5), nn.Linear(5, 3), nn.Linear(5, 2)
         self.frozen = nn.Linear(5, 5).requires_grad_(False)
-        self.normed, self.scores = weight_norm(nn.Linear(5, 5)), nn.Linear(5, 7)
+        self.normed, self.scores = spectral_norm(nn.Linear(5, 5)), nn.Linear(5, 7)
+        self.rnn = nn.GRU(3, 2)
         self.same.weight, self.scores.weight = self.body.weight, self.table.weight
 
     def forward(self, index):
@@ -145,7 +147,8 @@ def test_layers_that_cannot_be_set_are_named_with_the_reason():
     assert report.left_out == {
         "idle": "never ran",
         "frozen": "is frozen",
-        "normed": "carries a parametrization",
+        "normed": "carries another parametrization",
+        "rnn": "is recurrent",
         "scores": "shares a parameter with a layer of another kind",
         "same": "shares a parameter with a layer that ran before",
     }
@@ -155,15 +158,15 @@ def test_layers_that_cannot_be_set_are_named_with_the_reason():
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (nn.Sequential(nn.ReLU(), nn.LayerNorm(3)), r"could be set: the model has none\. Pass a plain model"),
+        (nn.Sequential(nn.ReLU(), nn.LayerNorm(3)), r"could be set: the model has none\. Pass a model with"),
         (nn.Linear(3, 2).requires_grad_(False), r"could be set: Linear is frozen"),
         (
-            nn.Sequential(nn.Identity(), weight_norm(nn.Linear(3, 2))),
-            r"could be set: 1 carries a parametrization",
+            nn.Sequential(nn.Identity(), spectral_norm(weight_norm(nn.Linear(3, 2)))),
+            r"could be set: 1 carries another parametrization",
         ),
         (nn.LazyLinear(2), r"weight has no shape yet; run one batch"),
     ],
-    ids=["no layer", "frozen", "module form", "lazy"],
+    ids=["no layer", "frozen", "two parametrizations", "lazy"],
 )
 def test_a_model_with_nothing_to_set_is_refused(net, message):
     with pytest.raises(ValueError, match=message):
@@ -176,18 +179,38 @@ def test_a_standard_deviation_that_is_none_is_refused(std):
         wn.data_init(nn.Linear(3, 2), torch.randn(4, 3), std=std)
 
 
-@pytest.mark.parametrize("batch", [[torch.randn(4, 3), torch.zeros(4)], None, np.zeros((4, 3))], ids=type)
+@pytest.mark.parametrize("batch", [None, np.zeros((4, 3)), [torch.randn(4, 3), "text"]], ids=type)
 def test_other_batches_are_refused(batch):
-    with pytest.raises(
-        TypeError, match=rf"batch must be a tensor, a tuple .* or a dict .*; got {type(batch).__name__}"
-    ):
+    wrong = batch[1] if isinstance(batch, list) else batch
+    with pytest.raises(TypeError, match=rf"batch must be a tensor, .* or a list of these; got {type(wrong).__name__}"):
         wn.data_init(nn.Linear(3, 2), batch)
 
 
-def test_a_layer_that_puts_out_several_things_is_refused():
-    class Two(nn.Linear):
-        def forward(self, x):
-            return super().forward(x), self.bias
+@pytest.mark.parametrize("labels", [torch.zeros(4), torch.zeros(4, 3, dtype=torch.long)], ids=["axes", "dtype"])
+def test_inputs_and_labels_of_a_loader_are_not_taken_for_two_batches(labels):
+    with pytest.raises(TypeError, match=r"\[inputs, labels\] do: pass the inputs"):
+        wn.data_init(nn.Linear(3, 2), [torch.randn(4, 3), labels])
 
-    with pytest.raises(TypeError, match="layer Two puts out a tuple"):
-        wn.data_init(Two(3, 2), torch.randn(4, 3))
+
+def test_an_empty_list_is_refused():
+    with pytest.raises(ValueError, match="empty list"):
+        wn.data_init(nn.Linear(3, 2), [])
+
+
+class Odd(nn.Linear):
+    """Puts out something that no units are found in."""
+
+    def forward(self, x):
+        return {"dict": {"t": x}, "transposed": super().forward(x).T}[self.what]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("dict", "puts out a dict, no tensor"), ("transposed", r"puts out shape \(2, 4\), where 2 units .* on axis -1")],
+)
+def test_layers_in_whose_output_no_units_are_found_are_named(what, message):
+    net = nn.Sequential(nn.Linear(3, 3), Odd(3, 2))
+    net[1].what = what
+    with pytest.warns(UserWarning, match=f"did not set every layer: 1 {message}"):
+        report = wn.data_init(net, torch.randn(4, 3))
+    assert [layer.name for layer in report.layers] == ["0"]

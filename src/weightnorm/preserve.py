@@ -31,9 +31,8 @@ def as_found(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
     try:
-        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+        with torch.random.fork_rng(cuda_devices(model)):
             yield
     finally:
         for module, flag in flags.items():
@@ -43,3 +42,9 @@ def as_found(model: nn.Module) -> Iterator[None]:
             if not torch.equal(buffer, before):  # expanded buffers cannot be written to, and need not be
                 with torch.no_grad():
                     buffer.copy_(before)
+
+
+def cuda_devices(model: nn.Module) -> list[torch.device]:
+    """Return the CUDA devices that a model lies on."""
+    devices = dict.fromkeys(tensor.device for tensor in chain(model.parameters(), model.buffers()))
+    return [device for device in devices if device.type == "cuda"]

@@ -12,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm as TorchHook
 from weightnorm.axes import Axis, output_axis
 
 Choice = str | type[nn.Module]  # a pattern of parameter names, or a type of layer
-_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # torch's own, no part of a user's names
+_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)(\.|$)")  # torch's own, no part of a user's names
 
 Use = tuple[str, nn.Module]  # a parameter's name in the model, and the layer that holds it there
 
@@ -59,7 +59,7 @@ def survey(
         for path, module in part.named_modules(prefix=prefix):
             for name, parameter in module.named_parameters(recurse=False):
                 whole = f"{path}.{name}".lstrip(".")
-                owners.setdefault(parameter, []).append((_WRAPPERS.sub("", whole), module))
+                owners.setdefault(parameter, []).append((name_of(whole), module))
     choices = {"no_decay": no_decay, "skip": skip, "include": include}
     checked = {what: _checked(what, chosen, owners.values()) for what, chosen in choices.items()}
     return [_entry(parameter, uses, **checked) for parameter, uses in owners.items()]
@@ -128,6 +128,11 @@ def _chosen(use: Use, choices: Sequence[Choice]) -> bool:
     """Say whether a use is meant by one of the choices: its name matches, or its layer is of the type."""
     name, module = use
     return any(fnmatchcase(name, c) if isinstance(c, str) else isinstance(module, c) for c in choices)
+
+
+def name_of(path: str) -> str:
+    """Return a path in a model as its user knows it, without what torch's wrappers add."""
+    return _WRAPPERS.sub("", path).rstrip(".")
 
 
 def last_part(name: str) -> str:

@@ -3,9 +3,10 @@
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ from weightnorm.optim.options import (
     structure_of,
 )
 from weightnorm.optim.rules import Rule, check_rule, default_options
+
+_in_use: "WeakSet[torch.optim.Optimizer]" = WeakSet()
+
+
+def is_trained(parameters: Iterable[Tensor]) -> bool:
+    """Say whether an optimizer of ours that is in use has taken steps on any of some parameters."""
+    return any(optimizer.state.get(parameter) for parameter in parameters for optimizer in _in_use)
 
 
 class WeightNormOptimizer(torch.optim.Optimizer):
@@ -82,6 +90,7 @@ class WeightNormOptimizer(torch.optim.Optimizer):
         self._announce_scaling()
         self._engines = self._build_engines()
         self._say_what_is_normalized()
+        _in_use.add(self)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group as in torch, with ``weight_norm=``, ``dim=``, ``groups=`` to say what of it is normalised.

@@ -1,0 +1,270 @@
+"""Data-dependent initialisation: a forward pass after which every unit's pre-activation is standardised (section 3).
+
+On a batch, an output unit's pre-activation ``t = w·x + b`` has mean ``μ`` and standard deviation ``σ``. Setting
+
+    w <- w std/σ      b <- (b − μ) std/σ                                                             (eq. 6)
+
+makes it ``std (t − μ)/σ`` (eq. 5). Layers are set in the order in which they run, each on what the corrected layers
+before it put out. The length of ``v`` plays no part in it: that belongs to the optimizer's ``v_std``.
+"""
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from weightnorm.data_dependent.moments import gathered
+from weightnorm.data_dependent.norms import NORMS, mark, watching
+from weightnorm.data_dependent.passes import Passes
+from weightnorm.data_dependent.report import DataInitReport, listed
+from weightnorm.data_dependent.units import Found, Units, find_units
+from weightnorm.mean_only import MeanOnlyBatchNorm
+from weightnorm.optim.optimizer import is_trained
+from weightnorm.survey import Choice, name_of
+
+Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+def data_init(
+    model: nn.Module,
+    batch: Batch | list[Batch],
+    *,
+    std: float | Mapping[str, float] = 1.0,
+    forward: Callable[[nn.Module, Any], object] | None = None,
+    skip: Choice | Sequence[Choice] = (),
+    train: bool = True,
+    dry_run: bool = False,
+    expect_fresh: bool = False,
+    sync: bool = True,
+    where: Literal["pre"] = "pre",
+) -> DataInitReport:
+    """Set weights and biases so that every pre-activation has mean 0 and standard deviation ``std`` on a batch.
+
+    It changes the function that the model computes: call it on fresh weights, not after loading a checkpoint. Set are
+    Linear, Bilinear, Conv1d-3d, ConvTranspose1d-3d, the projections of ``nn.MultiheadAttention``, and layers known by
+    ``register_axis`` whose units lie on the last axis of their output; per output unit, over the batch and all
+    positions. A layer without a bias is only scaled. Where a layer runs several times, its first call decides. Before
+    ``MeanOnlyBatchNorm`` biases stay and its running mean is set; before batch normalization a layer stays as it is.
+
+    In module form, ours and torch's, ``g`` is set and ``v`` stays. Besides weights, biases and those running means
+    nothing changes: training flags, buffers and torch's random state are as before, so that the next pass draws the
+    same noise. If it fails, nothing has changed. What is compiled runs uncompiled; DDP's module is set in place.
+
+    Args:
+        model: a feed-forward model, plain or in module form.
+        batch: what the model is called with: a tensor, a tuple of positional arguments, a dict of keyword arguments; or
+            a list of these, which count as one batch but take a pass over each of them for every layer. The
+            statistics hold for this batch; the authors took 500 examples.
+        std: the standard deviation wanted, 1 by default, the paper's; or one by pattern of layer names, the first that
+            matches, and 1 for the rest: ``{"*.conv2": 0.1}`` lets residual branches start small.
+        forward: runs the model, ``forward(model, batch)``, where calling it with the batch is not right. None: that.
+        skip: layers that stay, by pattern of names or by type.
+        train: run in training mode, dropout and noise active, as the authors did; False: in eval mode.
+        dry_run: report what would be done, and change nothing.
+        expect_fresh: refuse a model that shows signs of training: gradients, batches seen by a batch norm, or steps
+            taken by an optimizer of this library, of which alone False warns.
+        sync: where torch.distributed runs, take statistics over the batches of all ranks, of any sizes, and end with
+            the same bits on each. All ranks must call it, and run the same layers.
+        where: what is standardised: "pre", what goes into the nonlinearity, as in the paper; there is no other.
+
+    Returns:
+        What was done to each layer, in order of execution; print it for a table.
+
+    Raises:
+        TypeError: if ``batch`` is none of these.
+        ValueError: if an option is out of its range or a pattern matches no layer; the model has lazy layers, or signs
+            of training where none are expected; the batch is empty, a layer puts out NaN or infinity, ranks hold
+            different weights, or no layer could be set.
+
+    Warns:
+        UserWarning: naming units left alone because they vary by no more than rounding (4 ulps), and layers that were
+            not set without being meant: they never ran, are frozen, carry another parametrization, share a parameter.
+
+    Source: Salimans & Kingma 2016, section 3; with mean-only batch normalization the authors' code.
+
+    Example:
+        >>> import weightnorm as wn
+        >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(100, 4)
+        >>> report = wn.data_init(model, x)
+        >>> t = model(x)
+        >>> bool(t.mean(0).abs().max() < 1e-4), bool((t.std(0, correction=0) - 1).abs().max() < 1e-3)
+        (True, True)
+    """
+    if where != "pre":
+        raise ValueError(f'where must be "pre", the pre-activation; got {where!r}')
+    batches = batch if isinstance(batch, list) else [batch]
+    _check_batches(batches, forward)
+    model = _unwrapped(model)
+    found = find_units(model)
+    std_of = _by_name(std, found)
+    for units in _chosen(found, [skip] if isinstance(skip, str | type) else skip, "skip"):
+        found.left_out[units.name] = "is skipped"
+    _check_fresh(model, found, expect_fresh)
+    sync = sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if sync:
+        _check_ranks_agree(found)
+    run = forward or _call
+    passes = Passes(model, found, lambda index: run(model, batches[index]), std_of, train, sync)
+    with _uncompiled():
+        try:
+            _look_for_norms(model, found, passes)
+            passes.one() if len(batches) == 1 else passes.many(len(batches))
+            report = _report(found, passes)
+        except BaseException:
+            passes.undo()
+            raise
+    if dry_run:
+        passes.undo()
+    else:
+        passes.keep_means()
+    _warn(report)
+    return report
+
+
+def _call(model: nn.Module, batch: Any) -> object:
+    args, kwargs = (
+        ((), batch) if isinstance(batch, Mapping) else (batch, {}) if isinstance(batch, tuple) else ((batch,), {})
+    )
+    return model(*args, **kwargs)
+
+
+def _check_batches(batches: list[Any], forward: Any) -> None:
+    if not batches:
+        raise ValueError("batch is an empty list; pass at least one batch")
+    wrong = [batch for batch in batches if not isinstance(batch, Tensor | tuple | Mapping)]
+    if wrong and forward is None:
+        raise TypeError(
+            "batch must be a tensor, a tuple of positional arguments, a dict of keyword arguments or a list of these; "
+            f"got {type(wrong[0]).__name__}. For anything else pass forward="
+        )
+    kinds = {(batch.ndim, batch.dtype) for batch in batches if isinstance(batch, Tensor)}
+    if len(kinds) > 1 and forward is None:
+        raise TypeError(
+            "a list is several batches, and these differ in dtype or number of axes, as a loader's [inputs, labels] "
+            "do: pass the inputs; several positional arguments go in a tuple"
+        )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model itself: hooks on it never fire in what is compiled, and DDP would exchange buffers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Return a context in which what is compiled runs as it was written; without its compiler nothing is."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _by_name(std: float | Mapping[str, float], found: Found) -> Callable[[str], float]:
+    """Return what gives a layer's standard deviation."""
+    stds = dict(std) if isinstance(std, Mapping) else {"*": std}
+    for value in stds.values():
+        if not 0 < value < math.inf:
+            raise ValueError(f"std must be a positive number; got {value!r}")
+    if isinstance(std, Mapping):
+        list(_chosen(found, list(stds), "std"))
+    return lambda name: next((value for pattern, value in stds.items() if fnmatchcase(name, pattern)), 1.0)
+
+
+def _chosen(found: Found, choices: Sequence[Choice], what: str) -> list[Units]:
+    """Return the units whose name matches a pattern, or whose layer is of a type; each choice must choose some."""
+    chosen = list[Units]()
+    for choice in choices:
+        own = [
+            units
+            for layer, several in found.layers.items()
+            for units in several
+            if (fnmatchcase(units.name, choice) if isinstance(choice, str) else isinstance(layer, choice))
+        ]
+        if not own and isinstance(choice, str) and not any(fnmatchcase(name, choice) for name in found.left_out):
+            names = ", ".join(units.name for several in list(found.layers.values())[:4] for units in several)
+            raise ValueError(f"{what}: {choice!r} matches no layer; names are {names}, ... and * stands for anything")
+        chosen += own
+    return chosen
+
+
+def _check_fresh(model: nn.Module, found: Found, expected: bool) -> None:
+    """Warn of signs of training, or refuse them."""
+    stepped = is_trained(model.parameters())
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    signs = {
+        "an optimizer has taken steps on it": stepped,
+        "it has gradients": any(parameter.grad is not None for parameter in model.parameters()),
+        "its batch norms have seen batches": any(
+            norm.num_batches_tracked for norm in norms if norm.track_running_stats
+        ),
+    }
+    seen = " and ".join(sign for sign, there in signs.items() if there)
+    if expected and seen:
+        raise ValueError(f"data_init is for fresh weights, and this model has been trained: {seen}")
+    if stepped:
+        warnings.warn(
+            "data_init changes what the model computes, and an optimizer has taken steps on it: use it on fresh "
+            "weights, before training, and build the optimizer afterwards",
+            stacklevel=3,
+        )
+
+
+def _check_ranks_agree(found: Found) -> None:
+    own = [parameter for several in found.layers.values() for units in several for parameter in units.parameters()]
+    if own:
+        sums = torch.stack([parameter.detach().double().sum() for parameter in own])
+        if not all(torch.equal(sums, theirs) for theirs in gathered(sums)):
+            raise ValueError(
+                "ranks hold different weights, and would end with different ones; wrap the model in DDP first, which "
+                "makes them equal, or pass sync=False"
+            )
+
+
+def _look_for_norms(model: nn.Module, found: Found, passes: Passes) -> None:
+    """Find out in a pass of its own which layers feed a normalization that does part of the work."""
+    names: dict[nn.Module, str] = {
+        module: name_of(path) for path, module in model.named_modules() if isinstance(module, NORMS)
+    }
+    if not names:
+        return
+    with watching(model) as feeds:
+        passes.look(0, mark)
+    for units, norm in feeds.items():
+        if isinstance(norm, MeanOnlyBatchNorm):
+            passes.centred[units] = norm
+        else:
+            found.left_out[units.name] = f"feeds batch normalization, {names[norm]}"
+
+
+def _report(found: Found, passes: Passes) -> DataInitReport:
+    """Return what was done; an error if that is nothing."""
+    layers = passes.reports()
+    done = {layer.name for layer in layers} | found.left_out.keys()
+    names = [units.name for several in found.layers.values() for units in several]
+    left_out = {name: "never ran" for name in names if name not in done} | found.left_out
+    if not layers:
+        why = ", ".join(f"{name} {reason}" for name, reason in left_out.items()) or "the model has none"
+        raise ValueError(f"no layer could be set: {why}. Pass a model with Linear, Bilinear, convolutions or attention")
+    return DataInitReport(layers, left_out)
+
+
+_MEANT = "is skipped", "is recurrent", "feeds batch normalization"  # reasons that surprise nobody
+
+
+def _warn(report: DataInitReport) -> None:
+    for layer in report.layers:
+        if layer.left_alone:
+            which = f"{listed(layer.left_alone)} of {layer.units} in layer {layer.name}"
+            warnings.warn(f"data_init left units {which} alone: they do not vary on this batch", stacklevel=3)
+    which = ", ".join(f"{name} {why}" for name, why in report.left_out.items() if not why.startswith(_MEANT))
+    if which:
+        warnings.warn(f"data_init did not set every layer: {which}", stacklevel=3)

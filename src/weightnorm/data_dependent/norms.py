@@ -1,0 +1,39 @@
+"""Which layers feed a batch normalization: what it takes away need not be set."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from weightnorm.data_dependent.attention import Compute
+from weightnorm.data_dependent.units import Units
+from weightnorm.mean_only import MeanOnlyBatchNorm
+
+NORMS = nn.modules.batchnorm._BatchNorm | MeanOnlyBatchNorm
+_MARK = "_weightnorm_units"  # on a tensor: whose output it is, and its version then
+
+
+def mark(units: Units, compute: Compute, _: Compute) -> None:
+    """Mark what units put out as theirs, for ``watching``."""
+    for t in compute():
+        if isinstance(t, Tensor):
+            setattr(t, _MARK, (units, t._version))
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[dict[Units, nn.Module]]:
+    """Note which normalization takes in, as it is, what units put out that were marked inside."""
+    feeds = dict[Units, nn.Module]()
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, NORMS):
+                hooks.enter_context(module.register_forward_pre_hook(partial(_take_in, feeds)))
+        yield feeds
+
+
+def _take_in(feeds: dict[Units, nn.Module], norm: nn.Module, args: tuple[Any, ...]) -> None:
+    units, version = getattr(args[0], _MARK, (None, None)) if args else (None, None)
+    if units is not None and args[0]._version == version:
+        feeds.setdefault(units, norm)

@@ -214,3 +214,17 @@ def test_layers_in_whose_output_no_units_are_found_are_named(what, message):
     with pytest.warns(UserWarning, match=f"did not set every layer: 1 {message}"):
         report = wn.data_init(net, torch.randn(4, 3))
     assert [layer.name for layer in report.layers] == ["0"]
+
+
+def test_where_batch_norm_does_all_the_work_there_is_nothing_to_do():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2), nn.BatchNorm1d(2))
+    x, before = torch.randn(5, 3), copy.deepcopy(net.state_dict())
+    report = wn.data_init(net, x)
+    assert not report.layers
+    assert list(report.left_out) == ["0", "3"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_a_model_of_recurrent_layers_alone_is_refused():
+    with pytest.raises(ValueError, match="could be set: LSTM is recurrent"):
+        wn.data_init(nn.LSTM(3, 2), torch.randn(5, 4, 3))

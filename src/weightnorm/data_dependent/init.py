@@ -8,28 +8,24 @@ makes it ``std (t − μ)/σ`` (eq. 5). Layers are set in the order in which the
 before it put out. The length of ``v`` plays no part in it: that belongs to the optimizer's ``v_std``.
 """
 
-import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 
-from weightnorm.data_dependent.moments import gathered
+from weightnorm.data_dependent.arguments import Batch, call, check_batches, chosen_units, std_by_name
+from weightnorm.data_dependent.checks import check_fresh, check_ranks_agree
 from weightnorm.data_dependent.norms import NORMS, mark, watching
 from weightnorm.data_dependent.passes import Passes
 from weightnorm.data_dependent.report import DataInitReport, listed
-from weightnorm.data_dependent.units import Found, Units, find_units
+from weightnorm.data_dependent.units import Found, find_units
 from weightnorm.mean_only import MeanOnlyBatchNorm
-from weightnorm.optim.optimizer import is_trained
 from weightnorm.survey import Choice, name_of
-
-Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 def data_init(
@@ -100,22 +96,23 @@ def data_init(
     if where != "pre":
         raise ValueError(f'where must be "pre", the pre-activation; got {where!r}')
     batches = batch if isinstance(batch, list) else [batch]
-    _check_batches(batches, forward)
+    check_batches(batches, forward)
     model = _unwrapped(model)
     found = find_units(model)
-    std_of = _by_name(std, found)
-    for units in _chosen(found, [skip] if isinstance(skip, str | type) else skip, "skip"):
+    std_of = std_by_name(std, found)
+    for units in chosen_units(found, [skip] if isinstance(skip, str | type) else skip, "skip"):
         found.left_out[units.name] = "is skipped"
-    _check_fresh(model, found, expect_fresh)
+    check_fresh(model, found, expect_fresh)
     sync = sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    several = len(batches) > 1
     if sync:
-        _check_ranks_agree(found)
-    run = forward or _call
+        several = check_ranks_agree(found, several)
+    run = forward or call
     passes = Passes(model, found, lambda index: run(model, batches[index]), std_of, train, sync)
     with _uncompiled():
         try:
             _look_for_norms(model, found, passes)
-            passes.one() if len(batches) == 1 else passes.many(len(batches))
+            passes.many(len(batches)) if several else passes.one()
             report = _report(found, passes)
         except BaseException:
             passes.undo()
@@ -126,30 +123,6 @@ def data_init(
         passes.keep_means()
     _warn(report)
     return report
-
-
-def _call(model: nn.Module, batch: Any) -> object:
-    args, kwargs = (
-        ((), batch) if isinstance(batch, Mapping) else (batch, {}) if isinstance(batch, tuple) else ((batch,), {})
-    )
-    return model(*args, **kwargs)
-
-
-def _check_batches(batches: list[Any], forward: Any) -> None:
-    if not batches:
-        raise ValueError("batch is an empty list; pass at least one batch")
-    wrong = [batch for batch in batches if not isinstance(batch, Tensor | tuple | Mapping)]
-    if wrong and forward is None:
-        raise TypeError(
-            "batch must be a tensor, a tuple of positional arguments, a dict of keyword arguments or a list of these; "
-            f"got {type(wrong[0]).__name__}. For anything else pass forward="
-        )
-    kinds = {(batch.ndim, batch.dtype) for batch in batches if isinstance(batch, Tensor)}
-    if len(kinds) > 1 and forward is None:
-        raise TypeError(
-            "a list is several batches, and these differ in dtype or number of axes, as a loader's [inputs, labels] "
-            "do: pass the inputs; several positional arguments go in a tuple"
-        )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -166,67 +139,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _uncompiled() -> AbstractContextManager[Any]:
     """Return a context in which what is compiled runs as it was written; without its compiler nothing is."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-def _by_name(std: float | Mapping[str, float], found: Found) -> Callable[[str], float]:
-    """Return what gives a layer's standard deviation."""
-    stds = dict(std) if isinstance(std, Mapping) else {"*": std}
-    for value in stds.values():
-        if not 0 < value < math.inf:
-            raise ValueError(f"std must be a positive number; got {value!r}")
-    if isinstance(std, Mapping):
-        list(_chosen(found, list(stds), "std"))
-    return lambda name: next((value for pattern, value in stds.items() if fnmatchcase(name, pattern)), 1.0)
-
-
-def _chosen(found: Found, choices: Sequence[Choice], what: str) -> list[Units]:
-    """Return the units whose name matches a pattern, or whose layer is of a type; each choice must choose some."""
-    chosen = list[Units]()
-    for choice in choices:
-        own = [
-            units
-            for layer, several in found.layers.items()
-            for units in several
-            if (fnmatchcase(units.name, choice) if isinstance(choice, str) else isinstance(layer, choice))
-        ]
-        if not own and isinstance(choice, str) and not any(fnmatchcase(name, choice) for name in found.left_out):
-            names = ", ".join(units.name for several in list(found.layers.values())[:4] for units in several)
-            raise ValueError(f"{what}: {choice!r} matches no layer; names are {names}, ... and * stands for anything")
-        chosen += own
-    return chosen
-
-
-def _check_fresh(model: nn.Module, found: Found, expected: bool) -> None:
-    """Warn of signs of training, or refuse them."""
-    stepped = is_trained(model.parameters())
-    norms = [module for module in model.modules() if isinstance(module, NORMS)]
-    signs = {
-        "an optimizer has taken steps on it": stepped,
-        "it has gradients": any(parameter.grad is not None for parameter in model.parameters()),
-        "its batch norms have seen batches": any(
-            norm.num_batches_tracked for norm in norms if norm.track_running_stats
-        ),
-    }
-    seen = " and ".join(sign for sign, there in signs.items() if there)
-    if expected and seen:
-        raise ValueError(f"data_init is for fresh weights, and this model has been trained: {seen}")
-    if stepped:
-        warnings.warn(
-            "data_init changes what the model computes, and an optimizer has taken steps on it: use it on fresh "
-            "weights, before training, and build the optimizer afterwards",
-            stacklevel=3,
-        )
-
-
-def _check_ranks_agree(found: Found) -> None:
-    own = [parameter for several in found.layers.values() for units in several for parameter in units.parameters()]
-    if own:
-        sums = torch.stack([parameter.detach().double().sum() for parameter in own])
-        if not all(torch.equal(sums, theirs) for theirs in gathered(sums)):
-            raise ValueError(
-                "ranks hold different weights, and would end with different ones; wrap the model in DDP first, which "
-                "makes them equal, or pass sync=False"
-            )
 
 
 def _look_for_norms(model: nn.Module, found: Found, passes: Passes) -> None:
@@ -251,13 +163,14 @@ def _report(found: Found, passes: Passes) -> DataInitReport:
     done = {layer.name for layer in layers} | found.left_out.keys()
     names = [units.name for several in found.layers.values() for units in several]
     left_out = {name: "never ran" for name in names if name not in done} | found.left_out
-    if not layers:
+    if not layers and not any(why.startswith(_MEANT) for why in left_out.values()):
         why = ", ".join(f"{name} {reason}" for name, reason in left_out.items()) or "the model has none"
         raise ValueError(f"no layer could be set: {why}. Pass a model with Linear, Bilinear, convolutions or attention")
     return DataInitReport(layers, left_out)
 
 
-_MEANT = "is skipped", "is recurrent", "feeds batch normalization"  # reasons that surprise nobody
+_MEANT = "is skipped", "feeds batch normalization"
+_KNOWN = *_MEANT, "is recurrent"  # reasons that surprise nobody
 
 
 def _warn(report: DataInitReport) -> None:
@@ -265,6 +178,6 @@ def _warn(report: DataInitReport) -> None:
         if layer.left_alone:
             which = f"{listed(layer.left_alone)} of {layer.units} in layer {layer.name}"
             warnings.warn(f"data_init left units {which} alone: they do not vary on this batch", stacklevel=3)
-    which = ", ".join(f"{name} {why}" for name, why in report.left_out.items() if not why.startswith(_MEANT))
+    which = ", ".join(f"{name} {why}" for name, why in report.left_out.items() if not why.startswith(_KNOWN))
     if which:
         warnings.warn(f"data_init did not set every layer: {which}", stacklevel=3)

@@ -132,7 +132,7 @@ def find_units(model: nn.Module) -> Found:
             raise ValueError(f"{name} has no shape yet; run one batch through the model before initialising it")
     found, others = Found(), _parameters_of_others(model)
     for path, module in model.named_modules():
-        name = name_of(path) or name_of(type(module).__name__)
+        name = name_of(path) or type(module).__name__.removeprefix("Parametrized")
         if isinstance(module, nn.RNNBase | nn.RNNCellBase):
             found.left_out[name] = "is recurrent"
         for units in _units_of(module, name):

@@ -98,6 +98,8 @@ def test_before_mean_only_batch_norm_a_layer_is_only_scaled_and_the_running_mean
     net[0] = nn.Conv2d(3, 8, 3, bias=bias)
     net[1].momentum = net[4].momentum = momentum
     found, biases = pre_activations(net, batch)[net[0]], copy.deepcopy(net[0].bias)
+    for norm in (net[1], net[4]):
+        norm.reset_running_stats()
     wn.data_init(net, batch, train=train)
     assert [net[1].num_batches_tracked, net[4].num_batches_tracked] == [1, 1]  # the first that they have seen
     means = [net[1].running_mean.clone(), net[4].running_mean.clone()]

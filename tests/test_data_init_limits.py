@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import weightnorm as wn
 from feedforward import assert_unchanged, snapshot, x_of
-from weightnorm.data_dependent.moments import Moments
+from weightnorm.data_dependent.moments import Moments, moments_of, together
 
 
 def test_units_that_do_not_vary_are_left_alone_and_named():
@@ -53,6 +53,15 @@ def test_the_floor_under_which_a_unit_is_constant(mean, std, dtype, expected):
     assert Moments(count, mean, std.square() * count, dtype).is_constant().tolist() == expected
 
 
+def test_moments_add_up_whatever_is_empty():
+    t = torch.randn(9, 2, dtype=torch.float64) + 5
+    whole = moments_of(t, -1)
+    for cuts in ([0, 0, 9], [9, 0, 0], [2, 0, 7], [1, 1, 7]):
+        added = together(moments_of(part, -1) for part in t.split(cuts))
+        for name in ("count", "mean", "std"):
+            torch.testing.assert_close(getattr(added, name), getattr(whole, name))
+
+
 def test_a_batch_of_one_sets_nothing_in_a_linear_layer():
     net, batch = nn.Linear(3, 12), torch.randn(1, 3)
     before = snapshot(net)
@@ -89,9 +98,9 @@ def interrupt(x):
     ids=["nan", "inf", "overflow", "empty", "the model's own error", "ctrl-c"],
 )
 def test_all_or_nothing(what, error, message):
-    layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.ReLU(), Poison(what), nn.Linear(8, 4), nn.ReLU()]
+    layers = [nn.Linear(6, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Dropout(), Poison(what), nn.Linear(8, 4), nn.ReLU()]
     net, batch = nn.Sequential(*layers, nn.Linear(4, 2)), x_of(20, 6)
-    net[1].eval()
+    net[2].eval()
     before = snapshot(net)
     with pytest.raises(error, match=message):
         wn.data_init(net, batch)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import weightnorm as wn
-from feedforward import assert_unchanged, chain, conv_net, deviation, mlp, pre_activations, snapshot, x_of
+from feedforward import assert_unchanged, chain, conv_net, deviation, made, mlp, pre_activations, snapshot, x_of
 from weightnorm.layers.found import find
 
 
@@ -132,19 +132,31 @@ def test_attention_with_dropout_hands_on_what_the_next_pass_will(train):
     assert net.layers[1].self_attn.out_proj.weight.shape == (8, 8)
 
 
-def test_several_batches_count_as_one():
-    net, x = (
-        nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)),
-        x_of(10, 3, 9, 9),
-    )
-    net, x = net.double(), x.double()
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [
+        *(("shared layer", train) for train in (True, False)),
+        *(("u-net, a tuple", train) for train in (True, False)),
+        ("transformer block", True),
+        ("mean-only batch norm", False),  # in training mode each batch has a mean of its own
+    ],
+)
+def test_several_batches_count_as_one(name, train):
+    net, batch = made(name)
+    x = (batch[0] if isinstance(batch, tuple) else batch).double()
+    net = net.double()
+    for part in net.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        if isinstance(part, nn.MultiheadAttention):
+            part.dropout = 0.0
     twin = copy.deepcopy(net)
-    whole, parts = wn.data_init(net, x), wn.data_init(twin, [x[:5], x[5:6], x[6:]])
-    for one, other in zip(net.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    whole, parts = wn.data_init(net, x, train=train), wn.data_init(twin, [x[:3], x[3:4], x[4:]], train=train)
+    for one, other in zip(net.state_dict().values(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
     for one, other in zip(whole.layers, parts.layers, strict=True):
-        for name in ("mean_before", "std_before", "mean_after", "std_after", "lengths"):
-            np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-9, atol=1e-12)
+        for own in ("mean_before", "std_before", "mean_after", "std_after", "lengths"):
+            np.testing.assert_allclose(getattr(one, own), getattr(other, own), rtol=1e-9, atol=1e-12)
 
 
 def test_each_batch_has_noise_of_its_own_and_the_same_in_every_pass():
@@ -246,6 +258,8 @@ def test_a_dry_run_reports_and_changes_nothing(norm):
     net, x = nn.Sequential(nn.Conv2d(3, 8, 3), norm(), nn.ReLU(), nn.Conv2d(8, 2, 1)), x_of(6, 3, 9, 9)
     before = snapshot(net)
     report = wn.data_init(net, x, dry_run=True)
+    assert_unchanged(net, before)
+    wn.data_init(net, [x, x], dry_run=True)
     assert_unchanged(net, before)
     assert report == wn.data_init(net, x)
 

@@ -62,6 +62,7 @@ class Passes:
         def meet(units: Units, compute: Compute, again: Compute) -> None:
             if (own := self._moments(units, compute)) is not None:
                 self._set(units, self._over_all(units, [own]))
+                self._show_means()
                 # Computed again rather than corrected: the bits later passes will see, the weights' rounding included.
                 self._after[units] = self._over_all(units, [units.moments(again())])
 
@@ -163,7 +164,6 @@ class Passes:
         if norm is not None and norm.running_mean is not None:
             bias = units.own_bias()
             self._means[norm] = mean * factor if bias is None else (mean - bias) * factor + bias
-            self._show_means()
 
     def _show_means(self) -> None:
         for norm, mean in self._means.items():

@@ -137,7 +137,7 @@ def run(script, *arguments, out):
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     (path,) = out.iterdir()
     assert path.read_text(encoding="utf-8") == done.stdout
-    assert re.fullmatch(r"(compose|train_step|step(_rows)?)(_bf16)?_cpu_\d{6}\.md", path.name)
+    assert re.fullmatch(r"(compose|mean_only|train_step|step(_rows)?)(_bf16)?_cpu_\d{6}\.md", path.name)
     return done.stdout
 
 
@@ -220,6 +220,19 @@ def test_compose_reports_layers_and_models(more, tmp_path):
 
 
 @pytest.mark.slow
+def test_mean_only_reports_every_dtype_and_layout(tmp_path):
+    text = run("mean_only.py", "--quick", out=tmp_path)
+    rows, limits = table(text, "Forward and backward"), table(text, "Against the copy bandwidth")
+    kinds = [(dtype, layout) for dtype in ("fp32", "bf16") for layout in ("contiguous", "channels_last")]
+    assert [(row["activations"], row["dtype"], row["layout"]) for row in rows] == [
+        ("(4, 8, 8, 8)", *kind) for kind in kinds
+    ]
+    assert all(ratio(row["ours"]) > 0 and row["BatchNorm2d"].endswith(" ms") for row in rows)
+    assert all(re.fullmatch(r"\d+ %", row[arm]) for row in limits for arm in ("BatchNorm2d", "ours"))
+    assert [line["arm"] for line in table(text, "Every measurement")] == 4 * ["copy", "BatchNorm2d", "ours"]
+
+
+@pytest.mark.slow
 def test_a_run_that_reaches_its_limit_reports_what_it_has(tmp_path):
     models = "tiny,gpt2-xl"  # the second takes longer to draw than there is time
     text = run("step.py", "--models", models, "--backends", "torch", "--limit-seconds", "6", out=tmp_path)
@@ -227,7 +240,7 @@ def test_a_run_that_reaches_its_limit_reports_what_it_has(tmp_path):
     assert "Stopped by the limit of 6 s" in text
 
 
-@pytest.mark.parametrize("script", ["step.py", "train_step.py", "compose.py"])
+@pytest.mark.parametrize("script", ["step.py", "train_step.py", "compose.py", "mean_only.py"])
 def test_unknown_models_are_named(script):
     command = [sys.executable, str(FOLDER / script), "--models", "tiny,gpt3"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)

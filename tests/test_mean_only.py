@@ -1,13 +1,18 @@
 """Mean-only batch normalization against float64 NumPy, in every input shape, and its running mean."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import weightnorm as wn
+from weightnorm.mean_only import centre
 
 # (N, C), sequences, images, volumes; a batch of one; one channel; one element per channel.
 SHAPES = [(7, 3), (4, 3, 5), (2, 3, 4, 5), (2, 3, 2, 3, 4), (1, 3, 6), (5, 1, 2), (1, 3)]
@@ -65,6 +70,77 @@ def test_both_derivatives_pass_gradcheck():
     assert torch.autograd.gradgradcheck(square, inputs)
 
 
+def test_a_third_derivative_and_that_of_the_biass_gradient():
+    layer, t = layer_and_input((3, 2, 4))
+    pull = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+
+    def plain(t):
+        return t - t.mean((0, 2), keepdim=True) + layer.bias.reshape(1, 2, 1)
+
+    def third(function):
+        found = function(t).pow(4).mul(pull).sum()
+        for _ in range(3):
+            found = sum((grad * (2 + grad)).sum() for grad in torch.autograd.grad(found, (t, pull), create_graph=True))
+        return torch.autograd.grad(found, (t, pull, layer.bias))
+
+    torch.testing.assert_close(third(layer), third(plain), rtol=1e-11, atol=0)
+    (bias_grad,) = torch.autograd.grad(layer(t), layer.bias, pull, create_graph=True)
+    (found,) = torch.autograd.grad(bias_grad @ torch.tensor([2.0, 3.0], dtype=torch.float64), pull)
+    torch.testing.assert_close(found, torch.tensor([2.0, 3.0], dtype=torch.float64).reshape(1, 2, 1).expand(3, 2, 4))
+
+
+def test_the_bias_learns_where_the_input_needs_no_gradient():
+    layer, t = layer_and_input((3, 2, 4))
+    grad = torch.randn(3, 2, 4, dtype=torch.float64)
+    layer(t.detach()).backward(grad)
+    torch.testing.assert_close(layer.bias.grad, grad.sum((0, 2)))
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the numbers that operations read and write; views move none."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers, self.largest_sum = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+            self.numbers += sum(tensor.numel() for tensor in tensors)
+            if function.overloadpacket is torch.ops.aten.sum:
+                self.largest_sum = max(self.largest_sum, args[0].numel())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_forward_and_backward_pass_three_times_each_over_memory(dtype, layout):
+    layer = wn.MeanOnlyBatchNorm(4)
+    t, grad = (torch.randn(8, 4, 32, 32).to(dtype, memory_format=layout) for _ in range(2))
+    for needs_grad, passes in ((True, 3), (False, 1)):
+        with Traffic() as forward:
+            out = layer(t.requires_grad_(needs_grad))
+        with Traffic() as backward:
+            out.backward(grad)
+        assert forward.numbers / t.numel() == pytest.approx(3, abs=0.01)
+        assert backward.numbers / t.numel() == pytest.approx(passes, abs=0.01)
+    with Traffic() as inference, torch.no_grad():
+        layer.eval()(t)
+    assert inference.numbers / t.numel() == pytest.approx(2, abs=0.01)
+
+
+def test_large_narrow_inputs_are_summed_in_parts(monkeypatch):
+    monkeypatch.setattr(centre, "_PART", 1024)  # torch sums bf16 in float32 by way of a copy
+    layer, t = layer_and_input((50, 3, 40), torch.bfloat16)
+    with Traffic() as traffic:
+        out = layer.float()(t)
+    assert 512 < traffic.largest_sum <= 1024
+    expected = centred(t.detach().double().numpy(), layer.bias.detach().double().numpy())
+    np.testing.assert_allclose(out.detach().double().numpy(), expected, rtol=2**-8, atol=1e-6)
+    assert layer(torch.ones(1, 3, 2000, dtype=torch.bfloat16)).shape == (1, 3, 2000)  # an example is not divided
+
+
 def test_a_shift_of_the_input_changes_nothing_and_the_scale_is_kept():
     layer, t = layer_and_input((6, 3, 4))
     shift = torch.tensor([5.0, -7.0, 100.0], dtype=torch.float64).reshape(1, 3, 1)
@@ -118,6 +194,13 @@ def test_eval_subtracts_the_running_mean_and_moves_nothing():
         assert torch.equal(value, before[name])
 
 
+def test_a_narrow_running_mean_and_bias_are_joined_in_float32():
+    layer = wn.MeanOnlyBatchNorm(1, dtype=torch.bfloat16).eval()
+    nn.init.ones_(layer.bias)
+    layer.running_mean.fill_(512)  # 1 - 512 takes nine bits, bf16 has eight
+    assert layer(torch.full((1, 1), 512.0, dtype=torch.bfloat16)) == 1
+
+
 def test_without_running_statistics_eval_takes_the_batch_mean():
     layer = wn.MeanOnlyBatchNorm(3, track_running_stats=False)
     t = torch.randn(4, 3)
@@ -139,17 +222,55 @@ def test_a_batch_of_one_trains():
     torch.testing.assert_close(out, layer.bias[None])
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    ("shape", "layout"), [((2, 3, 4, 5), torch.channels_last), ((2, 3, 2, 4, 5), torch.channels_last_3d)], ids=str
-)
-def test_channels_last_stays_channels_last(shape, layout, training):
+LAYOUTS = {
+    "contiguous": lambda: torch.randn(2, 3, 4, 5),
+    "channels last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "channels last, 3 d": lambda: torch.randn(2, 3, 2, 4, 5).to(memory_format=torch.channels_last_3d),
+    "a sequence of vectors": lambda: torch.randn(2, 5, 3).transpose(1, 2),
+    "examples innermost": lambda: torch.randn(3, 5, 2).permute(2, 0, 1),
+    "a transposed matrix": lambda: torch.randn(3, 5).t(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_kept(layout, training, dtype):
     layer = wn.MeanOnlyBatchNorm(3).train(training)
-    t = torch.randn(shape).to(memory_format=layout).requires_grad_()
+    nn.init.normal_(layer.bias)
+    t = (4 + LAYOUTS[layout]()).to(dtype)
+    t = t.detach().requires_grad_()
     out = layer(t)
     out.square().sum().backward()
     assert out.stride() == t.stride()
     assert t.grad.stride() == t.stride()
+    assert t.grad.dtype == dtype
+    before = torch.tensor([1.0, 2.0, 3.0])
+    layer.running_mean.copy_(before)
+    with torch.no_grad():
+        again = layer(t)
+    mean = t.detach().double().mean([axis for axis in range(t.ndim) if axis != 1]) if training else before
+    expected = t.double() + (layer.bias - mean).reshape(-1, *[1] * (t.ndim - 2))
+    assert again.stride() == t.stride()
+    tolerance = {"rtol": 2**-8, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(again.double(), expected.detach(), **tolerance)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_activation_in_place_may_follow(dtype, layout, training, grad):
+    layer = wn.MeanOnlyBatchNorm(3).train(training)
+    t = LAYOUTS[layout]().to(dtype).requires_grad_()
+    with torch.set_grad_enabled(grad):
+        expected = nn.functional.relu(copy.deepcopy(layer)(t))
+        out = nn.functional.relu_(layer(t))
+    assert torch.equal(out, expected)
+    if grad:
+        given = torch.randn_like(out)
+        pair = (torch.autograd.grad(x, t, given)[0] for x in (out, expected))
+        torch.testing.assert_close(*pair)
 
 
 def test_reset_parameters_forgets_everything():
@@ -174,17 +295,52 @@ def test_state_dict_copy_and_device_behave_as_a_modules_should():
     assert wn.MeanOnlyBatchNorm(3).half().num_batches_tracked.dtype == torch.long
 
 
-def test_compiles_to_one_graph():
-    layer, t = layer_and_input((4, 3, 5), torch.float32)
-    twin = copy.deepcopy(layer)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_compiles_and_exports_to_one_graph(training, dtype):
+    layer, t = layer_and_input((4, 3, 5), dtype)
+    twin = copy.deepcopy(layer.float().train(training))
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(t), layer(t))
+    exported = torch.export.export(copy.deepcopy(layer), (t.detach(),)).module()
+    expected, t_compiled = layer(t), t.detach().clone().requires_grad_()
+    found = compiled(t_compiled)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(exported(t.detach()), expected.detach())
     torch.testing.assert_close(twin.running_mean, layer.running_mean)
+    grad = torch.randn_like(expected)
+    found.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(t_compiled.grad, t.grad)
+    torch.testing.assert_close(twin.bias.grad, layer.bias.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func.jvp's own use
+def test_transforms_and_forward_mode_see_plain_operations():
+    layer = wn.MeanOnlyBatchNorm(3, track_running_stats=False, dtype=torch.float64)
+    nn.init.normal_(layer.bias)
+    t, direction = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    expected = direction - direction.mean((0, 2), keepdim=True)
+
+    def cubes(t):
+        return layer(t).pow(3).sum()
+
+    torch.testing.assert_close(torch.func.jvp(layer, (t,), (direction,))[1], expected)
+    with forward_ad.dual_level():
+        torch.testing.assert_close(forward_ad.unpack_dual(layer(forward_ad.make_dual(t, direction))).tangent, expected)
+    hessians = [
+        hessian(t) for hessian in (torch.func.hessian(cubes), partial(torch.autograd.functional.hessian, cubes))
+    ]
+    torch.testing.assert_close(*hessians)
+    both = torch.stack([t, direction])
+    torch.testing.assert_close(torch.func.vmap(layer)(both), torch.stack([layer(t), layer(direction)]))
 
 
 def test_repr_tells_the_arguments():
     expected = "MeanOnlyBatchNorm(8, momentum=None, affine=True, track_running_stats=False)"
-    assert repr(wn.MeanOnlyBatchNorm(8, momentum=None, track_running_stats=False)) == expected
+    layer = wn.MeanOnlyBatchNorm(8, momentum=None, track_running_stats=False)
+    assert repr(layer) == expected
+    layer.sync = False
+    assert repr(layer) == f"{expected[:-1]}, sync=False)"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ before it put out. The length of ``v`` plays no part in it: that belongs to the 
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -109,7 +109,7 @@ def data_init(
         several = check_ranks_agree(found, several)
     run = forward or call
     passes = Passes(model, found, lambda index: run(model, batches[index]), std_of, train, sync)
-    with _uncompiled():
+    with _uncompiled(), _each_batch_alone(model, several):
         try:
             _look_for_norms(model, found, passes)
             passes.many(len(batches)) if several else passes.one()
@@ -139,6 +139,19 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _uncompiled() -> AbstractContextManager[Any]:
     """Return a context in which what is compiled runs as it was written; without its compiler nothing is."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def _each_batch_alone(model: nn.Module, several: bool) -> Iterator[None]:
+    """Keep mean-only batch norms from waiting for other ranks where these may have fewer batches."""
+    norms = [part for part in model.modules() if several and isinstance(part, MeanOnlyBatchNorm) and part.sync]
+    for norm in norms:
+        norm.sync = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.sync = True
 
 
 def _look_for_norms(model: nn.Module, found: Found, passes: Passes) -> None:

@@ -4,10 +4,14 @@ Weight normalization keeps the scale of a unit's pre-activation about independen
 completes it: it subtracts the mean and divides by nothing, so its noise is gentle and a batch of one is allowed.
 """
 
+import copy
+from typing import Any, Self
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from weightnorm.formula import wide_dtype
+from weightnorm.mean_only.centre import centre, shift_of, shifted
 
 
 class MeanOnlyBatchNorm(nn.Module):
@@ -15,7 +19,14 @@ class MeanOnlyBatchNorm(nn.Module):
 
     Differentiating through the mean centres the gradient: ``∂t = ∂t~ − μ[∂t~]`` (eq. 8). In eval mode a running average
     of the batch means stands in for ``μ[t]``. Put it between a bias-free layer and its nonlinearity; a bias before it
-    cancels. Means are taken in float32 at least (float64 for float64), under autocast too.
+    cancels. Means are taken in float32 at least (float64 for float64), under autocast too. Nothing is kept for the
+    backward pass.
+
+    In training over several processes (``torch.distributed``) the mean is that of all their batches, each example
+    counting once, as in torch's SyncBatchNorm: one all-reduce of C + 1 numbers forward, one of C backward. Every
+    process must take part; one without examples calls the layer on an empty batch. The bias's gradient is the process's
+    own, for DistributedDataParallel to average. ``torch.func`` and forward-mode differentiation need ``sync=False``
+    there.
 
     Args:
         num_features: number of channels C, the size of axis 1.
@@ -23,6 +34,9 @@ class MeanOnlyBatchNorm(nn.Module):
             is the plain average of all batch means so far. Default 0.1, the authors'.
         affine: learn the bias ``b``, one per channel, starting at 0. Default True.
         track_running_stats: keep the running mean; False: eval mode takes the batch's mean as training does.
+        sync: take the mean over all processes, where there are several. Default True; False: each its own.
+        process_group: the processes that share a mean; None: all. Copies of the layer share the group, and it cannot be
+            pickled.
         device: where parameter and buffers live.
         dtype: their dtype.
 
@@ -38,9 +52,9 @@ class MeanOnlyBatchNorm(nn.Module):
 
     Example:
         >>> layer = MeanOnlyBatchNorm(2)
-        >>> layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
+        >>> layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]])).detach()
         tensor([[ -1., -10.],
-                [  1.,  10.]], grad_fn=<AddBackward0>)
+                [  1.,  10.]])
         >>> layer.running_mean
         tensor([0.2000, 2.0000])
     """
@@ -55,6 +69,9 @@ class MeanOnlyBatchNorm(nn.Module):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        *,
+        sync: bool = True,
+        process_group: "dist.ProcessGroup | None" = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -65,6 +82,8 @@ class MeanOnlyBatchNorm(nn.Module):
         self.momentum = momentum
         self.affine = affine
         self.track_running_stats = track_running_stats
+        self.sync = sync
+        self.process_group = process_group
         bias = torch.empty(num_features, device=device, dtype=dtype) if affine else None
         mean = torch.empty(num_features, device=device, dtype=dtype) if track_running_stats else None
         count = torch.empty((), device=device, dtype=torch.long) if track_running_stats else None
@@ -96,33 +115,36 @@ class MeanOnlyBatchNorm(nn.Module):
 
         Raises:
             TypeError: if ``input`` is not of a floating-point dtype.
-            ValueError: if axis 1 does not have C channels, or the batch is empty where its mean is needed.
+            ValueError: if axis 1 does not have C channels, or the batch, of all processes, is empty where its mean is
+                needed.
         """
         self._check(input)
-        t = input.to(wide_dtype(input.dtype))
         if self.training or self.running_mean is None:
-            mean = self._batch_mean(t)
+            out, mean = centre(input, self.bias, self._group())
             self._track(mean)
-        else:
-            mean = self.running_mean
-        # One number per channel, so that the activations are read and written once.
-        shift = -mean if self.bias is None else self.bias - mean
-        return (t + shift.reshape(-1, *[1] * (t.ndim - 2))).to(input.dtype)
+            return out
+        return shifted(input, shift_of(self.bias, self.running_mean))
 
     def extra_repr(self) -> str:
         """Return the arguments, for printing."""
         return (
             f"{self.num_features}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}"
+            f"track_running_stats={self.track_running_stats}" + ("" if self.sync else ", sync=False")
         )
 
-    def _batch_mean(self, t: Tensor) -> Tensor:
-        """Return ``μ[t]``, shape (C,): the mean over every axis but 1."""
-        if t.numel() == 0:
-            raise ValueError(
-                f"an empty batch has no mean; got shape {tuple(t.shape)}. Skip it, or use the running mean: call eval()"
-            )
-        return t.mean([axis for axis in range(t.ndim) if axis != 1])
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy all but the process group, which is nothing to copy: both layers have it."""
+        memo[id(self.process_group)] = self.process_group
+        memo[id(self)] = twin = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def _group(self) -> "dist.ProcessGroup | None":
+        """Return the processes whose batches share a mean; None: this one alone."""
+        if not (self.sync and self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        group = self.process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
 
     @torch.no_grad()
     def _track(self, mean: Tensor) -> None:
@@ -132,7 +154,7 @@ class MeanOnlyBatchNorm(nn.Module):
         self.num_batches_tracked.add_(1)
         # The count stays on its device: reading it would make the host wait, and a CUDA graph would freeze it.
         share = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
-        self.running_mean.copy_((1 - share) * self.running_mean.to(mean.dtype) + share * mean)
+        self.running_mean.copy_(self.running_mean.to(mean.dtype).lerp_(mean, share))  # wide enough: itself, not copied
 
     def _check(self, input: Tensor) -> None:
         if input.ndim < 2 or input.shape[1] != self.num_features:

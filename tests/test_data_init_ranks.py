@@ -88,6 +88,6 @@ def test_without_sync_each_rank_has_its_own(ranks):
 def test_all_ranks_are_told_what_is_wrong_on_one(ranks):
     for states in ranks:
         nan, empty, apart = states["errors"]
-        assert "puts out NaN or infinity" in nan
+        assert "puts out NaN, infinity" in nan
         assert "puts out nothing" in empty
         assert "ranks hold different weights" in apart

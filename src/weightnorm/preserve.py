@@ -27,9 +27,9 @@ def as_found(model: nn.Module) -> Iterator[None]:
     """
     flags = {module: module.training for module in model.modules()}
     buffers = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
+        for name, buffer in module._buffers.items()
     ]
     try:
         with torch.random.fork_rng(cuda_devices(model)):
@@ -38,9 +38,14 @@ def as_found(model: nn.Module) -> Iterator[None]:
         for module, flag in flags.items():
             module.training = flag
         for module, name, buffer, before in buffers:
-            setattr(module, name, buffer)  # a forward may have put another tensor in its place
-            if not torch.equal(buffer, before):  # expanded buffers cannot be written to, and need not be
-                with torch.no_grad():
+            module._buffers[name] = buffer  # a forward may have put another tensor in its place
+            if buffer is None or before is None:
+                continue
+            with torch.no_grad():
+                if buffer.shape != before.shape:
+                    buffer.resize_(before.shape)
+                # Expanded buffers cannot be written to, and need not be; sparse ones cannot be compared.
+                if buffer.layout != torch.strided or not torch.equal(buffer, before):
                     buffer.copy_(before)
 
 

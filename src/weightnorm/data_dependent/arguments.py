@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from weightnorm.data_dependent.units import Found, Units
+from weightnorm.data_dependent.units import Settable, Units
 from weightnorm.survey import Choice
 
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -15,6 +15,8 @@ Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 def check_batches(batches: list[Any], forward: Any) -> None:
     """Refuse batches that a model cannot be called with, unless something of the user's calls it."""
+    if forward is not None and not callable(forward):
+        raise TypeError(f"forward must be a function of model and batch; got {forward!r}")
     if not batches:
         raise ValueError("batch is an empty list; pass at least one batch")
     wrong = [batch for batch in batches if not isinstance(batch, Tensor | tuple | Mapping)]
@@ -38,29 +40,31 @@ def call(model: nn.Module, batch: Batch) -> object:
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
-def std_by_name(std: float | Mapping[str, float], found: Found) -> Callable[[str], float]:
+def std_by_name(std: float | Mapping[str, float], found: Settable) -> Callable[[str], float]:
     """Return what gives a layer's standard deviation."""
     stds = dict(std) if isinstance(std, Mapping) else {"*": std}
     for value in stds.values():
-        if not 0 < value < math.inf:
-            raise ValueError(f"std must be a positive number; got {value!r}")
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"std must be a positive number, or a dict from patterns of names to such; got {value!r}")
     if isinstance(std, Mapping):
         chosen_units(found, list(stds), "std")
     return lambda name: next((value for pattern, value in stds.items() if fnmatchcase(name, pattern)), 1.0)
 
 
-def chosen_units(found: Found, choices: Sequence[Choice], what: str) -> list[Units]:
-    """Return the units whose name matches a pattern, or whose layer is of a type; each choice must choose some."""
-    chosen = list[Units]()
+def chosen_units(found: Settable, choices: Choice | Sequence[Choice], what: str) -> list[Units]:
+    """Return the units whose name matches a pattern, or whose layer is of a type; each pattern must match some."""
+    choices = [choices] if isinstance(choices, str | type) else choices
+    if not isinstance(choices, Sequence) or not all(isinstance(choice, str | type) for choice in choices):
+        raise TypeError(f"{what} must be a pattern of names, a type of layer, or a list of these; got {choices!r}")
+    names = [units.name for units in found.units()]
     for choice in choices:
-        own = [
-            units
-            for layer, several in found.layers.items()
-            for units in several
-            if (fnmatchcase(units.name, choice) if isinstance(choice, str) else isinstance(layer, choice))
-        ]
-        if not own and isinstance(choice, str) and not any(fnmatchcase(name, choice) for name in found.left_out):
-            names = ", ".join(units.name for several in list(found.layers.values())[:4] for units in several)
-            raise ValueError(f"{what}: {choice!r} matches no layer; names are {names}, ... and * stands for anything")
-        chosen += own
-    return chosen
+        if isinstance(choice, str) and not any(fnmatchcase(name, choice) for name in [*names, *found.left_out]):
+            raise ValueError(
+                f"{what}: {choice!r} matches no layer; names are {', '.join(names[:4])}, ... and * stands for anything"
+            )
+    return [
+        units
+        for layer, several in found.layers.items()
+        for units in several
+        if any(fnmatchcase(units.name, one) if isinstance(one, str) else isinstance(layer, one) for one in choices)
+    ]

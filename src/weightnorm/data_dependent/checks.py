@@ -7,11 +7,11 @@ from torch import nn
 
 from weightnorm.data_dependent.moments import gathered
 from weightnorm.data_dependent.norms import NORMS
-from weightnorm.data_dependent.units import Found
+from weightnorm.data_dependent.units import Settable
 from weightnorm.optim.optimizer import is_trained
 
 
-def check_fresh(model: nn.Module, found: Found, expected: bool) -> None:
+def check_fresh(model: nn.Module, expected: bool) -> None:
     """Warn of signs of training, or refuse them."""
     stepped = is_trained(model.parameters())
     norms = [module for module in model.modules() if isinstance(module, NORMS)]
@@ -33,15 +33,15 @@ def check_fresh(model: nn.Module, found: Found, expected: bool) -> None:
         )
 
 
-def check_ranks_agree(found: Found, several: bool) -> bool:
+def check_ranks_agree(found: Settable, several: bool) -> bool:
     """Refuse ranks with different weights; return whether any of them has several batches, which all go about alike."""
-    own = [parameter for layer in found.layers.values() for units in layer for parameter in units.parameters()]
+    own = [parameter for units in found.units() for parameter in units.parameters()]
     if not own:
         return several
     sums = [parameter.detach().double().sum() for parameter in own]
     mine = torch.stack([torch.full_like(sums[0], several), *sums])
     every = torch.stack(gathered(mine))
-    if not (every[:, 1:] == mine[1:]).all():
+    if not torch.equal(every.nan_to_num()[:, 1:], mine.nan_to_num()[1:].expand(len(every), -1)):
         raise ValueError(
             "ranks hold different weights, and would end with different ones; wrap the model in DDP first, which "
             "makes them equal, or pass sync=False"

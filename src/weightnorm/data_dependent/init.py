@@ -11,7 +11,7 @@ before it put out. The length of ``v`` plays no part in it: that belongs to the 
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,8 @@ from weightnorm.data_dependent.checks import check_fresh, check_ranks_agree
 from weightnorm.data_dependent.norms import NORMS, mark, watching
 from weightnorm.data_dependent.passes import Passes
 from weightnorm.data_dependent.report import DataInitReport, listed
-from weightnorm.data_dependent.units import Found, find_units
+from weightnorm.data_dependent.units import Settable, find_units
+from weightnorm.layers.computed import writes_counted
 from weightnorm.mean_only import MeanOnlyBatchNorm
 from weightnorm.survey import Choice, name_of
 
@@ -100,28 +101,25 @@ def data_init(
     model = _unwrapped(model)
     found = find_units(model)
     std_of = std_by_name(std, found)
-    for units in chosen_units(found, [skip] if isinstance(skip, str | type) else skip, "skip"):
-        found.left_out[units.name] = "is skipped"
-    check_fresh(model, found, expect_fresh)
+    for units in chosen_units(found, skip, "skip"):
+        found.leave(units.name, "is skipped", surprising=False)
+    check_fresh(model, expect_fresh)
     sync = sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    several = len(batches) > 1
-    if sync:
-        several = check_ranks_agree(found, several)
-    run = forward or call
-    passes = Passes(model, found, lambda index: run(model, batches[index]), std_of, train, sync)
-    with _uncompiled(), _each_batch_alone(model, several):
+    several = check_ranks_agree(found, len(batches) > 1) if sync else len(batches) > 1
+    passes = Passes(model, found, forward or call, batches, std_of, train, sync)
+    with _as_written(model, several):
         try:
             _look_for_norms(model, found, passes)
-            passes.many(len(batches)) if several else passes.one()
+            passes.many() if several else passes.one()
             report = _report(found, passes)
+            _warn(report, found)
         except BaseException:
             passes.undo()
             raise
-    if dry_run:
-        passes.undo()
-    else:
-        passes.keep_means()
-    _warn(report)
+        if dry_run:
+            passes.undo()
+        else:
+            passes.keep_means()
     return report
 
 
@@ -136,61 +134,62 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Return a context in which what is compiled runs as it was written; without its compiler nothing is."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
 @contextmanager
-def _each_batch_alone(model: nn.Module, several: bool) -> Iterator[None]:
-    """Keep mean-only batch norms from waiting for other ranks where these may have fewer batches."""
+def _as_written(model: nn.Module, several: bool) -> Iterator[None]:
+    """Run what is compiled uncompiled, attention by its own forward, and writes counted, so that all can be followed.
+
+    Where ranks may have different numbers of batches, mean-only batch norms do not wait for each other either.
+    """
     norms = [part for part in model.modules() if several and isinstance(part, MeanOnlyBatchNorm) and part.sync]
-    for norm in norms:
-        norm.sync = False
-    try:
-        yield
-    finally:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # nothing is compiled otherwise
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if not any(parameter.is_inference() for parameter in model.parameters()):
+            stack.enter_context(writes_counted())
+        torch.backends.mha.set_fastpath_enabled(False)
         for norm in norms:
-            norm.sync = True
+            norm.sync = False
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for norm in norms:
+                norm.sync = True
 
 
-def _look_for_norms(model: nn.Module, found: Found, passes: Passes) -> None:
+def _look_for_norms(model: nn.Module, found: Settable, passes: Passes) -> None:
     """Find out in a pass of its own which layers feed a normalization that does part of the work."""
-    names: dict[nn.Module, str] = {
-        module: name_of(path) for path, module in model.named_modules() if isinstance(module, NORMS)
-    }
-    if not names:
+    names = {module: name_of(path) for path, module in model.named_modules()}
+    if not any(isinstance(module, NORMS) for module in names):
         return
     with watching(model) as feeds:
-        passes.look(0, mark)
+        passes.look(mark)
     for units, norm in feeds.items():
         if isinstance(norm, MeanOnlyBatchNorm):
             passes.centred[units] = norm
         else:
-            found.left_out[units.name] = f"feeds batch normalization, {names[norm]}"
+            found.leave(units.name, f"feeds batch normalization, {names[norm]}", surprising=False)
 
 
-def _report(found: Found, passes: Passes) -> DataInitReport:
-    """Return what was done; an error if that is nothing."""
+def _report(found: Settable, passes: Passes) -> DataInitReport:
+    """Return what was done; an error if that is nothing, and was not meant to be."""
     layers = passes.reports()
     done = {layer.name for layer in layers} | found.left_out.keys()
-    names = [units.name for several in found.layers.values() for units in several]
-    left_out = {name: "never ran" for name in names if name not in done} | found.left_out
-    if not layers and not any(why.startswith(_MEANT) for why in left_out.values()):
-        why = ", ".join(f"{name} {reason}" for name, reason in left_out.items()) or "the model has none"
+    for units in found.units():
+        if units.name not in done:
+            found.leave(units.name, "never ran")
+    if not layers and not any(why.startswith(("feeds", "is skipped")) for why in found.left_out.values()):
+        why = ", ".join(f"{name} {reason}" for name, reason in found.left_out.items()) or "the model has none"
         raise ValueError(f"no layer could be set: {why}. Pass a model with Linear, Bilinear, convolutions or attention")
-    return DataInitReport(layers, left_out)
+    return DataInitReport(layers, found.left_out)
 
 
-_MEANT = "is skipped", "feeds batch normalization"
-_KNOWN = *_MEANT, "is recurrent"  # reasons that surprise nobody
-
-
-def _warn(report: DataInitReport) -> None:
+def _warn(report: DataInitReport, found: Settable) -> None:
     for layer in report.layers:
         if layer.left_alone:
             which = f"{listed(layer.left_alone)} of {layer.units} in layer {layer.name}"
             warnings.warn(f"data_init left units {which} alone: they do not vary on this batch", stacklevel=3)
-    which = ", ".join(f"{name} {why}" for name, why in report.left_out.items() if not why.startswith(_KNOWN))
+    which = ", ".join(f"{name} {why}" for name, why in report.left_out.items() if name in found.surprising)
     if which:
         warnings.warn(f"data_init did not set every layer: {which}", stacklevel=3)

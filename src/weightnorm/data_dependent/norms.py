@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from weightnorm.data_dependent.attention import Compute
+from weightnorm.data_dependent.calls import Call
 from weightnorm.data_dependent.units import Units
 from weightnorm.mean_only import MeanOnlyBatchNorm
 
@@ -15,11 +15,11 @@ NORMS = nn.modules.batchnorm._BatchNorm | MeanOnlyBatchNorm
 _MARK = "_weightnorm_units"  # on a tensor: whose output it is, and its version then
 
 
-def mark(units: Units, compute: Compute, _: Compute) -> None:
+def mark(units: Units, call: Call) -> None:
     """Mark what units put out as theirs, for ``watching``."""
-    for t in compute():
+    for t in call.put_out(units):
         if isinstance(t, Tensor):
-            setattr(t, _MARK, (units, t._version))
+            setattr(t, _MARK, (units, _version(t)))
 
 
 @contextmanager
@@ -35,5 +35,9 @@ def watching(model: nn.Module) -> Iterator[dict[Units, nn.Module]]:
 
 def _take_in(feeds: dict[Units, nn.Module], norm: nn.Module, args: tuple[Any, ...]) -> None:
     units, version = getattr(args[0], _MARK, (None, None)) if args else (None, None)
-    if units is not None and args[0]._version == version:
+    if units is not None and _version(args[0]) == version:
         feeds.setdefault(units, norm)
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version

@@ -7,16 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from weightnorm.data_dependent.attention import AttentionCall, Compute
-from weightnorm.data_dependent.moments import Moments, over_ranks, together
+from weightnorm.data_dependent.calls import AttentionCall, Call
+from weightnorm.data_dependent.moments import Moments, gathered, over_ranks, together
 from weightnorm.data_dependent.report import LayerReport
-from weightnorm.data_dependent.units import Found, Key, Units
+from weightnorm.data_dependent.units import Settable, Units
 from weightnorm.mean_only import MeanOnlyBatchNorm
 from weightnorm.preserve import as_found, cuda_devices
+from weightnorm.scaling import show_weight, weight_in_module_form
 
-Meet = Callable[[Units, Compute, Compute], None]
-"""Told of units when they first run in a pass: what computes their output, and what does after they were changed."""
+Meet = Callable[[Units, Call], None]
+"""Told of units when they first run in a pass, and of the call."""
+
+_NEAR = 0.1  # how far the standard deviation may be from the one that was set: bfloat16 has two digits
 
 
 class Enough(BaseException):
@@ -28,8 +32,9 @@ class Passes:
 
     Args:
         model: the model.
-        found: what of it can be standardised; what turns out not to be is added to ``left_out``.
-        run: runs the model on the batch of a number.
+        found: what of it can be standardised; what turns out not to be is left out there.
+        run: runs the model on a batch.
+        batches: the batches.
         std_of: the standard deviation wanted, by a layer's name.
         train: the mode to run in.
         sync: take moments over the batches of all ranks.
@@ -41,62 +46,70 @@ class Passes:
     def __init__(
         self,
         model: nn.Module,
-        found: Found,
-        run: Callable[[int], object],
+        found: Settable,
+        run: Callable[[nn.Module, Any], object],
+        batches: list[Any],
         std_of: Callable[[str], float],
         train: bool,
         sync: bool,
     ):
-        self._model, self._found, self._run = model, found, run
+        self._model, self._found, self._run, self._batches = model, found, run, batches
         self._std_of, self._train, self._sync = std_of, train, sync
+        self._numbers = {units: number for number, units in enumerate(found.units())}
+        self._keys = {units: units.keys() for units in self._numbers}
         self._before = dict[nn.Parameter, Tensor]()  # every parameter that was changed, as it was
         self._measured = dict[Units, Moments]()  # the units that were changed, in this order
         self._after = dict[Units, Moments]()
-        self._taken = set[Key]()
-        self.centred = dict[Units, MeanOnlyBatchNorm]()
         self._means = dict[MeanOnlyBatchNorm, Tensor]()
+        self.centred = dict[Units, MeanOnlyBatchNorm]()
 
     def one(self) -> None:
         """Standardise every layer in one pass over the only batch, each when it first runs."""
 
-        def meet(units: Units, compute: Compute, again: Compute) -> None:
-            if (own := self._moments(units, compute)) is not None:
-                self._set(units, self._over_all(units, [own]))
+        def meet(units: Units, call: Call) -> None:
+            if (own := self._moments(units, call)) is not None:
+                self._set(units, [own])
                 self._show_means()
                 # Computed again rather than corrected: the bits later passes will see, the weights' rounding included.
-                self._after[units] = self._over_all(units, [units.moments(again())])
+                call.is_stale = True
+                self._check(units, [units.moments(call.put_out(units))])
 
-        self.look(0, meet)
+        self.look(meet)
+        self._agree(None)
 
-    def many(self, batches: int) -> None:
+    def many(self) -> None:
         """Standardise every layer on all batches together: a pass over each for each layer, as far as that layer."""
-        while self._next(batches):
+        while self._next():
             pass
         parts: dict[Units, list[Moments]] = {units: [] for units in self._measured}
 
-        def meet(units: Units, compute: Compute, _: Compute) -> None:
+        def meet(units: Units, call: Call) -> None:
             if units in parts:
-                parts[units].append(units.moments(compute()))
+                parts[units].append(units.moments(call.put_out(units)))
 
-        for batch in range(batches):
-            self.look(batch, meet)
-        self._after = {units: self._over_all(units, own) for units, own in parts.items()}
+        self.look(meet)
+        for units, own in parts.items():
+            self._check(units, own)
 
-    def look(self, batch: int, meet: Meet) -> None:
-        """Run the model on a batch, and tell ``meet`` of all units; the model is then as before but for parameters."""
-        with torch.no_grad(), as_found(self._model), _hooks(self._found, meet):
-            self._model.train(self._train)
-            self._show_means()
-            if batch:  # the first has the noise that comes next
-                _draw_other_noise(self._model, batch)
-            with suppress(Enough):
-                self._run(batch)
+    def look(self, meet: Meet) -> None:
+        """Run the model on each batch, and tell ``meet`` of all units; afterwards all but parameters is as before."""
+        for number, batch in enumerate(self._batches):
+            with torch.no_grad(), as_found(self._model), _hooks(self._found, meet):
+                self._model.train(self._train)
+                self._show_means()
+                if number:  # the first has the noise that comes next
+                    _draw_other_noise(self._model, number)
+                with suppress(Enough):
+                    self._run(self._model, tree_map_only(Tensor, Tensor.clone, batch))  # a model may write to it
 
     def undo(self) -> None:
         """Put every parameter back."""
         with torch.no_grad():
             for parameter, before in self._before.items():
                 parameter.copy_(before)
+        for units in self._measured:
+            if (form := weight_in_module_form(units.layer, units.weight)) is not None:
+                show_weight(form)
         torch.clear_autocast_cache()
 
     def keep_means(self) -> None:
@@ -110,36 +123,70 @@ class Passes:
         """Return what was done to each layer, in the order in which they ran."""
         return tuple(LayerReport.of(units, before, self._after[units]) for units, before in self._measured.items())
 
-    def _next(self, batches: int) -> bool:
+    def _next(self) -> bool:
         """Standardise the first layer that has not been; say whether there was one."""
         target, parts = list[Units](), list[Moments]()
 
-        def meet(units: Units, compute: Compute, _: Compute) -> None:
+        def meet(units: Units, call: Call) -> None:
             if units not in target and target:
                 return
-            if (own := self._moments(units, compute)) is not None:
+            if (own := self._moments(units, call)) is not None:
                 target[:] = [units]
                 parts.append(own)
                 raise Enough
 
-        for batch in range(batches):
-            self.look(batch, meet)
+        self.look(meet)
         for units in target:
-            self._set(units, self._over_all(units, parts))
-        return bool(target)
+            self._set(units, parts)
+            return True
+        self._agree(None)
+        return False
 
-    def _moments(self, units: Units, compute: Compute) -> Moments | None:
+    def _moments(self, units: Units, call: Call) -> Moments | None:
         """Measure what units put out; None if they have been standardised, or cannot be."""
         if units in self._measured or units.name in self._found.left_out:
             return None
-        if not self._taken.isdisjoint(units.keys()):
-            self._found.left_out[units.name] = "shares a parameter with a layer that ran before"
+        if any(not self._keys[units].isdisjoint(self._keys[other]) for other in self._measured):
+            self._found.leave(units.name, "shares a parameter with a layer that ran before")
             return None
-        ts = compute()
-        if reason := units.misfit(ts):
-            self._found.left_out[units.name] = reason
+        if self._keys[units] != units.keys():
+            self._found.leave(units.name, "runs with another weight than its own")
+            return None
+        ts = call.put_out(units)
+        if why := units.misfit(ts):
+            self._found.leave(units.name, why)
             return None
         return units.moments(ts)
+
+    def _set(self, units: Units, parts: list[Moments]) -> None:
+        """Standardise units (eq. 6), but for those that are constant."""
+        self._agree(units)
+        self._measured[units] = found = self._over_all(units, parts)
+        constant = found.is_constant()
+        factor = torch.where(constant, 1, self._std_of(units.name) / found.std)
+        for parameter in units.parameters():
+            self._before.setdefault(parameter, parameter.detach().clone())
+        norm = self.centred.get(units)
+        units.standardise(torch.where(constant, 0, found.mean) if norm is None else None, factor)
+        if norm is not None and norm.running_mean is not None:
+            bias = units.own_bias()
+            self._means[norm] = found.mean * factor if bias is None else (found.mean - bias) * factor + bias
+
+    def _check(self, units: Units, parts: list[Moments]) -> None:
+        """Measure again what units put out, and refuse what does not follow from their weights."""
+        if not parts:
+            raise ValueError(
+                f"layer {units.name} ran in one pass and not in the next, so nothing was set. Use one batch"
+            )
+        self._after[units] = after = self._over_all(units, parts)
+        wanted = self._std_of(units.name)
+        away = ((after.std / wanted - 1).abs() > _NEAR) & ~self._measured[units].is_constant()
+        if away.any():
+            raise ValueError(
+                f"layer {units.name}: unit {int(away.nonzero()[0])} was given the standard deviation {wanted:g} and "
+                f"has {float(after.std[away][0]):.3g}, so nothing was set. Either what it puts out does not follow "
+                "from its weight (there is a cache of weights), or it saw other inputs then (another order of layers)"
+            )
 
     def _over_all(self, units: Units, parts: list[Moments]) -> Moments:
         whole = over_ranks(together(parts)) if self._sync else together(parts)
@@ -147,23 +194,22 @@ class Passes:
             raise ValueError(f"layer {units.name} puts out nothing. Pass a batch that is not empty")
         if not (whole.mean.isfinite() & whole.squares.isfinite()).all():
             raise ValueError(
-                f"layer {units.name} puts out NaN or infinity on this batch, so nothing was set. Look at the batch"
+                f"layer {units.name} puts out NaN, infinity or numbers whose squares are, so nothing was set. "
+                "Look at the batch"
             )
         return whole
 
-    def _set(self, units: Units, found: Moments) -> None:
-        """Standardise units (eq. 6), but for those that are constant."""
-        constant = found.is_constant()
-        mean, factor = found.mean, torch.where(constant, 1, self._std_of(units.name) / found.std)
-        for parameter in units.parameters():
-            self._before.setdefault(parameter, parameter.detach().clone())
-        self._taken |= set(units.keys())
-        self._measured[units] = found
-        norm = self.centred.get(units)
-        units.standardise(torch.where(constant, 0, mean) if norm is None else None, factor)
-        if norm is not None and norm.running_mean is not None:
-            bias = units.own_bias()
-            self._means[norm] = mean * factor if bias is None else (mean - bias) * factor + bias
+    def _agree(self, units: Units | None) -> None:
+        """Make sure that all ranks are at the same layer, or all at their end."""
+        if self._sync:
+            device = next(self._model.parameters()).device
+            numbers = torch.stack(gathered(torch.tensor(-1 if units is None else self._numbers[units], device=device)))
+            if (numbers != numbers[0]).any():
+                names = {number: units.name for units, number in self._numbers.items()} | {-1: "no other layer"}
+                raise ValueError(
+                    f"ranks run different layers: {', '.join(names[number] for number in numbers.tolist())} come next; "
+                    "let all run the same ones, or pass sync=False"
+                )
 
     def _show_means(self) -> None:
         for norm, mean in self._means.items():
@@ -181,65 +227,37 @@ def _draw_other_noise(model: nn.Module, batch: int) -> None:
 
 
 @contextmanager
-def _hooks(found: Found, meet: Meet) -> Iterator[None]:
+def _hooks(found: Settable, meet: Meet) -> Iterator[None]:
     """Tell ``meet`` of each layer's units when they first run inside."""
-    met = set[Units]()
+    met, calls = set[Units](), list[Call]()
 
-    def first(units: Units, compute: Compute, again: Compute) -> None:
+    def first(units: Units, call: Call) -> None:
         if units not in met:
             met.add(units)
-            meet(units, compute, again)
+            meet(units, call)
 
     with ExitStack() as hooks:
         for layer, own in found.layers.items():
-            if isinstance(layer, nn.MultiheadAttention):
-                calls = list[AttentionCall]()
-                begin, end = partial(_begin_attention, calls), partial(_end_attention, calls, own, first)
-                hooks.enter_context(layer.register_forward_pre_hook(begin, with_kwargs=True))
-            else:
-                end = partial(_end_layer, own[0], first)
+            kind = AttentionCall if isinstance(layer, nn.MultiheadAttention) else Call
+            begin, end = partial(_begin, calls, kind), partial(_end, calls, own, first)
+            hooks.enter_context(layer.register_forward_pre_hook(begin, with_kwargs=True))
             hooks.enter_context(layer.register_forward_hook(end, prepend=True, with_kwargs=True))
         yield
 
 
-def _end_layer(
-    units: Units, meet: Meet, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Any:
-    """Forward hook of a layer: hand on what it puts out once its units have been met."""
-    outputs = [output]
-
-    def again() -> list[Any]:
-        outputs[0] = layer.forward(*args, **kwargs)
-        return [_tensor_of(outputs[0])]
-
-    meet(units, lambda: [_tensor_of(output)], again)
-    return outputs[0]
-
-
-def _begin_attention(
-    calls: list[AttentionCall], layer: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _begin(
+    calls: list[Call], kind: type[Call], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    calls.append(AttentionCall(layer, args, kwargs))
+    calls.append(kind(layer, args, kwargs))
 
 
-def _end_attention(
-    calls: list[AttentionCall], own: list[Units], meet: Meet, _: nn.Module, __: Any, ___: Any, output: Any
-) -> Any:
-    """Forward hook of attention: the same for each of its weights."""
-    call, changed = calls.pop(), []
-
-    def again(compute: Compute) -> list[Tensor]:
-        changed.append(True)
-        return compute()
-
-    for units in own:
-        compute = call.computation(units.weight)
-        meet(units, compute, partial(again, compute))
-    return call.again() if changed else output
-
-
-def _tensor_of(output: Any) -> Any:
-    """Return what a layer puts out; of several things the first tensor."""
-    if isinstance(output, tuple | list):
-        return next((part for part in output if isinstance(part, Tensor)), output)
-    return output
+def _end(calls: list[Call], own: list[Units], meet: Meet, _: nn.Module, __: Any, ___: Any, output: Any) -> Any:
+    """Forward hook of a layer: hand on what it puts out once its units have been met."""
+    call = calls.pop()
+    call.keep(output)
+    with torch.no_grad():
+        for units in own:
+            meet(units, call)
+    # The same again where autograd is to follow, as it does in models that differentiate by their input.
+    call.is_stale = call.is_stale or (torch.is_grad_enabled() and call.result() is not output)
+    return call.result()

@@ -1,6 +1,5 @@
 """The output units of a model's layers: which can be standardised, and how they are shifted and scaled."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -9,16 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from weightnorm.axes import Axis, output_axis
 from weightnorm.data_dependent.moments import Moments, moments_of, side_by_side
+from weightnorm.scaling import scale_units, weight_in_module_form
 from weightnorm.survey import name_of
-from weightnorm.units import scale_units, weight_in_module_form
 
-Key = tuple[nn.Parameter, int]  # a parameter, and where in it the units' part begins
+PROJECTIONS = "q_proj_weight", "k_proj_weight", "v_proj_weight"  # of attention whose keys or values have another size
+
+Key = tuple[int, int]  # where a parameter lies in memory, and where in it the units' part begins
 
 
 @dataclass(eq=False)
@@ -49,15 +49,19 @@ class Units:
         return prod(where.split(weight).shape[i] for i in where.kept(weight))
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return what is changed: the weight or its ``g`` and ``v``, and the bias."""
-        found = weight_in_module_form(self.layer, self.weight)
-        own: list[Any] = [getattr(self.layer, self.weight)] if found is None else [found.g, found.v]
+        """Return what may be changed: the weight or its ``g`` and ``v``, and the bias."""
+        form = weight_in_module_form(self.layer, self.weight)
+        own: list[Any] = [getattr(self.layer, self.weight)] if form is None else [form.g, form.v]
         return own if self.bias is None else [*own, getattr(self.layer, self.bias)]
 
-    def keys(self) -> list[Key]:
-        """Return ``parameters``, told apart where several units have parts of one bias."""
-        own = self.parameters()
-        return [(parameter, self.first if self.bias and parameter is own[-1] else 0) for parameter in own]
+    def keys(self) -> set[Key]:
+        """Return where ``parameters`` lie; several units may have parts of one bias."""
+        *weights, last = self.parameters()
+        return {(weight.data_ptr(), 0) for weight in weights} | {(last.data_ptr(), self.first if self.bias else 0)}
+
+    def own_bias(self) -> Tensor | None:
+        """Return the elements of the bias that belong to the units."""
+        return None if self.bias is None else getattr(self.layer, self.bias)[self.first : self.first + self.count]
 
     @torch.no_grad()
     def standardise(self, mean: Tensor | None, factor: Tensor) -> None:
@@ -73,15 +77,13 @@ class Units:
             bias.copy_((bias - mean) * factor)
         torch.clear_autocast_cache()  # it may hold casts of what was there before
 
-    def own_bias(self) -> Tensor | None:
-        """Return the elements of the bias that belong to the units."""
-        return None if self.bias is None else getattr(self.layer, self.bias)[self.first : self.first + self.count]
-
     def misfit(self, ts: list[Any]) -> str:
         """Return why units cannot be told apart in what their layer puts out, if they cannot."""
-        others = [t for t in ts if not isinstance(t, Tensor)]
-        if others:
-            return f"puts out a {type(others[0]).__name__}, no tensor"
+        for t in ts:
+            if not isinstance(t, Tensor):
+                return f"puts out a {type(t).__name__}, no tensor"
+            if t.is_nested or not t.is_floating_point():
+                return f"puts out {'a nested tensor' if t.is_nested else t.dtype}, which has no mean and spread here"
         found = sum(t.shape[self.axis] if t.ndim >= -self.axis else 0 for t in ts)
         if found != self.count:
             return f"puts out shape {tuple(ts[0].shape)}, where {self.count} units are expected on axis {self.axis}"
@@ -102,64 +104,85 @@ class Units:
 
 
 @dataclass
-class Found:
-    """What of a model can be standardised.
+class Settable:
+    """What of a model can be standardised, and what is left out.
 
     Attributes:
         layers: the units of each layer; several for attention, in the order in which it uses them.
-        left_out: names of layers that must stay as they are, and why.
+        left_out: names of layers that stay as they are, and why.
+        surprising: those of them of which nobody would think so.
     """
 
     layers: dict[nn.Module, list[Units]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    surprising: set[str] = field(default_factory=set)
+
+    def units(self) -> list[Units]:
+        """Return all units."""
+        return list(chain.from_iterable(self.layers.values()))
+
+    def leave(self, name: str, why: str, surprising: bool = True) -> None:
+        """Leave a layer out."""
+        self.left_out[name] = why
+        if surprising:
+            self.surprising.add(name)
 
 
-def find_units(model: nn.Module) -> Found:
+def find_units(model: nn.Module) -> Settable:
     """Find the units that can be standardised: those of every layer whose output axis is known, but for embeddings.
 
     Args:
         model: any model.
 
     Raises:
-        ValueError: if a parameter or buffer is not initialised yet (lazy layers).
+        TypeError: if it is no module.
+        ValueError: if a parameter or buffer has no shape yet (lazy layers), or no values (the meta device).
 
     Example:
         >>> find_units(nn.Sequential(nn.Linear(2, 3), nn.GRU(3, 1))).left_out
         {'1': 'is recurrent'}
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"data_init takes a module; got {type(model).__name__}. Put several models in a ModuleList")
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
             raise ValueError(f"{name} has no shape yet; run one batch through the model before initialising it")
-    found, others = Found(), _parameters_of_others(model)
+        if tensor.is_meta:
+            raise ValueError(f"{name} has no values yet, being on the meta device; materialise the model first")
+    lasts = {part.out_proj for part in model.modules() if isinstance(part, nn.MultiheadAttention)}
+    found, others = Settable(), _parameters_of_others(model)
     for path, module in model.named_modules():
         name = name_of(path) or type(module).__name__.removeprefix("Parametrized")
         if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-            found.left_out[name] = "is recurrent"
-        for units in _units_of(module, name):
-            if reason := _obstacle(units, others):
-                found.left_out[units.name] = reason
-            else:
-                found.layers.setdefault(module, []).append(units)
+            found.leave(name, "is recurrent", surprising=False)
+        elif isinstance(module, nn.MultiheadAttention):
+            if type(module).forward is not nn.MultiheadAttention.forward:
+                found.leave(name, "is attention with a forward of its own")
+                continue
+            _sort_out(found, module, _units_of_attention(module, name), others)
+        elif _is_layer(module) and module not in lasts:
+            kernel = getattr(module, "kernel_size", ()) if isinstance(module, nn.modules.conv._ConvNd) else ()
+            own = Units(name, module, bias=_present(module, "bias"), axis=-1 - len(kernel))
+            _sort_out(found, module, [own], others)
     return found
 
 
-def _units_of(module: nn.Module, name: str) -> Iterator[Units]:
-    if isinstance(module, nn.MultiheadAttention):
-        yield from _units_of_attention(module, name)
-    elif _is_layer(module):
-        kernel = getattr(module, "kernel_size", ()) if isinstance(module, nn.modules.conv._ConvNd) else ()
-        yield Units(name, module, bias=_present(module, "bias"), axis=-1 - len(kernel))
+def _sort_out(found: Settable, module: nn.Module, several: list[Units], others: set[int]) -> None:
+    for units in several:
+        if why := _obstacle(units, others):
+            found.leave(units.name, why)
+        else:
+            found.layers.setdefault(module, []).append(units)
 
 
-def _units_of_attention(module: nn.MultiheadAttention, name: str) -> Iterator[Units]:
-    """Find the projections of query, key and value, stacked in one weight or apart; then the output's."""
+def _units_of_attention(module: nn.MultiheadAttention, name: str) -> list[Units]:
+    """Return the projections of query, key and value, stacked in one weight or apart; then the output's."""
     bias = _present(module, "in_proj_bias")
+    last = Units(f"{name}.out_proj", module.out_proj, bias=_present(module.out_proj, "bias"))
     if module._qkv_same_embed_dim:
-        yield Units(f"{name}.in_proj", module, "in_proj_weight", bias)
-    else:
-        for i, own in enumerate(("q_proj", "k_proj", "v_proj")):
-            yield Units(f"{name}.{own}", module, f"{own}_weight", bias, i * module.embed_dim)
-    yield Units(f"{name}.out_proj", module.out_proj, bias=_present(module.out_proj, "bias"))
+        return [Units(f"{name}.in_proj", module, "in_proj_weight", bias), last]
+    apart = enumerate(PROJECTIONS)
+    return [*(Units(f"{name}.{own[:6]}", module, own, bias, i * module.embed_dim) for i, own in apart), last]
 
 
 def _present(module: nn.Module, name: str) -> str | None:
@@ -168,34 +191,32 @@ def _present(module: nn.Module, name: str) -> str | None:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Say whether a module is a layer with units of its own. The last kind is attention's, which never calls it."""
-    others = nn.Embedding | nn.EmbeddingBag | NonDynamicallyQuantizableLinear
-    return output_axis(module) is not None and not isinstance(module, others)
+    return output_axis(module) is not None and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
-def _parameters_of_others(model: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters of layers that have no units to standardise."""
-    kinds = nn.MultiheadAttention | NonDynamicallyQuantizableLinear
-    layers = {module for module in model.modules() if _is_layer(module) or isinstance(module, kinds)}
+def _parameters_of_others(model: nn.Module) -> set[int]:
+    """Return where the parameters of layers lie that have no units to standardise."""
+    layers = {part for part in model.modules() if _is_layer(part) or isinstance(part, nn.MultiheadAttention)}
     theirs = {part for layer in layers if is_parametrized(layer) for part in layer.parametrizations.modules()}  # type: ignore[union-attr]
-    others = [module for module in model.modules() if module not in theirs | layers]
-    return {parameter for module in others for parameter in module.parameters(recurse=False)}
+    others = [part for part in model.modules() if part not in theirs | layers]
+    return {parameter.data_ptr() for part in others for parameter in part.parameters(recurse=False)}
 
 
-def _obstacle(units: Units, others: set[nn.Parameter]) -> str:
+def _obstacle(units: Units, others: set[int]) -> str:
     """Return why units must stay as they are, if they must."""
     try:
         form = weight_in_module_form(units.layer, units.weight)
     except ValueError:  # and something else on top of it
         return "carries another parametrization"
     # Looked at first: reading what it computes may change it, as spectral norm's does.
-    if is_parametrized(units.layer, units.bias) or (form is None and is_parametrized(units.layer, units.weight)):
+    names = {units.weight, units.bias} if form is None else {units.bias}
+    if any(name is not None and is_parametrized(units.layer, name) for name in names):
         return "carries another parametrization"
     own = units.parameters()
     if not all(isinstance(parameter, nn.Parameter) for parameter in own):
-        return "carries another parametrization"
-    if not all(parameter.requires_grad for parameter in own):
+        return "has a weight that is computed, or no parameter"
+    if any(not parameter.requires_grad for parameter in own if form is None or parameter is not form.v):
         return "is frozen"
-    if not others.isdisjoint(own):
+    if not others.isdisjoint(parameter.data_ptr() for parameter in own):
         return "shares a parameter with a layer of another kind"
-    return ""
+    return "" if own[0].numel() else "has no weights"

@@ -62,13 +62,18 @@ def find(model: nn.Module) -> Iterator[Found]:
         ValueError: if another parametrization sits on one of them.
     """
     for path, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, TorchHook):
-                g, v = getattr(module, f"{hook.name}_g"), getattr(module, f"{hook.name}_v")
-                yield Found(path, module, hook.name, g, v, _torch_axis(hook.dim), hook=hook)
-        if parametrize.is_parametrized(module):
-            for name, held in module.parametrizations.items():
-                yield from _in_list(path, module, name, held)
+        yield from find_own(module, path)
+
+
+def find_own(module: nn.Module, path: str = "") -> Iterator[Found]:
+    """Return every weight of one layer, its parts left out; ``find`` says how."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, TorchHook):
+            g, v = getattr(module, f"{hook.name}_g"), getattr(module, f"{hook.name}_v")
+            yield Found(path, module, hook.name, g, v, _torch_axis(hook.dim), hook=hook)
+    if parametrize.is_parametrized(module):
+        for name, held in module.parametrizations.items():  # type: ignore[union-attr, operator]
+            yield from _in_list(path, module, name, held)
 
 
 def _in_list(path: str, module: nn.Module, name: str, held: Any) -> Iterator[Found]:

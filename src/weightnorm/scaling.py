@@ -5,12 +5,19 @@ from torch import Tensor, nn
 
 from weightnorm.axes import Axis, output_axis
 from weightnorm.formula import row_lengths
-from weightnorm.layers.found import Found, find
+from weightnorm.layers.found import Found, find_own
 
 
 def weight_in_module_form(layer: nn.Module, name: str = "weight") -> Found | None:
     """Return where a layer's own weight is, if weight normalization in module form, ours or torch's, holds it."""
-    return next((found for found in find(layer) if found.path == "" and found.name == name), None)
+    return next((found for found in find_own(layer) if found.name == name), None)
+
+
+@torch.no_grad()
+def show_weight(found: Found) -> None:
+    """Let torch's old hook show the weight of the ``g`` and ``v`` there are; it does so itself before each call."""
+    if found.hook is not None:
+        setattr(found.module, found.name, found.weight())
 
 
 @torch.no_grad()
@@ -43,8 +50,7 @@ def scale_units(layer: nn.Module, factor: Tensor, name: str = "weight") -> None:
         found.g.copy_(found.g + by.log() if found.log_g else found.g * by)
     else:
         _turn(found, factor, axis)
-    if found.hook is not None:  # it computes the weight before each call, and shows the old one until then
-        setattr(layer, name, found.weight())
+    show_weight(found)
 
 
 def _scale(weight: Tensor, factor: Tensor, axis: Axis) -> None:

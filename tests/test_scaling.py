@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import weightnorm as wn
-from weightnorm.units import scale_units, weight_in_module_form
+from weightnorm.scaling import scale_units, weight_in_module_form
 
 
 def torch_hook(layer, dim=0):

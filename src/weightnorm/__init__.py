@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from weightnorm.layers import remove_weight_norm as remove_weight_norm
     from weightnorm.layers import weight_norm as weight_norm
     from weightnorm.mean_only import MeanOnlyBatchNorm as MeanOnlyBatchNorm
+    from weightnorm.mean_only import fold_mean as fold_mean
+    from weightnorm.mean_only import replace_batch_norm as replace_batch_norm
     from weightnorm.optim import SGD as SGD
     from weightnorm.optim import Adam as Adam
     from weightnorm.optim import Adamax as Adamax
@@ -42,6 +44,8 @@ _HOME = {
     "cached": "layers",
     "convert_state_dict": "checkpoints",
     "MeanOnlyBatchNorm": "mean_only",
+    "replace_batch_norm": "mean_only",
+    "fold_mean": "mean_only",
 }
 
 __all__ = ["__version__", "formula", *_HOME]

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 
+import click
 import pytest
 
 from weightnorm import __version__, cli
 from weightnorm.compare.arms import ARMS
-from weightnorm.tasks import fashion
+from weightnorm.tasks import TASKS, fashion
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 QUICK = ["compare", "--arms", "plain,weight_norm", "--epochs", "1", "--seeds", "1", "--lr", "0.001", "--device", "cpu"]
@@ -58,17 +59,22 @@ def test_version(capsys):
 def test_help_explains_every_option_and_default(capsys):
     assert cli.run(["compare", "--help"]) == 0
     text = "".join(capsys.readouterr().out.split())
-    for option in cli.compare.params:
+    assert f"[{'|'.join(TASKS)}]" in text
+    options = [param for param in cli.compare.params if isinstance(param, click.Option)]
+    for option in options:
         assert option.opts[0] in text
         assert "".join(option.help.partition("  [")[0].split()) in text
-    assert text.count("[default:") == len(cli.compare.params)
+    assert text.count("[default:") == len(options)
     assert all(name in text for name in ARMS)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--task", "mnist"], "'mnist' is not 'fashion'"),
+        (["mnist"], "'mnist' is not one of 'fashion', 'cifar10'"),
+        (["fashion", "--limit", "100"], "the data of fashion comes with the package; leave --data and --limit out"),
+        (["cifar10", "--limit", "300"], "the limit must be a multiple of 500 up to 50,000; got 300"),
+        (["cifar10", "--data", "/dev/null"], "cifar10: no train-*.parquet under /dev/null; name the folder"),
         (["--arms", "plain,fast"], "'fast' is not an arm; there are plain, plain_default_init"),
         (["--arms", ""], "'' is not an arm"),
         (["--epochs", "-3"], "'--epochs': -3 is not in the range x>=1"),

@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from weightnorm.compare.arms import ARMS, DEFAULT_ARMS
+from weightnorm.compare.arms import ARMS
 from weightnorm.compare.evidence import mean_ratio, spread, steps_to_reach, verdict
 from weightnorm.compare.loop import Comparison, Options
 from weightnorm.compare.report import write_report
 from weightnorm.compare.results import results
 from weightnorm.compare.run import Epoch, Run, Setting, initial_model
 from weightnorm.compare.table import COLUMNS, evidence, notes, rows
-from weightnorm.tasks import load_task
-from weightnorm.tasks.task import Scores, Task
+from weightnorm.tasks import TASKS, load_task
+from weightnorm.tasks.task import Schedule, Scores, Task
 
+DEFAULT_ARMS = TASKS["fashion"].arms
 KEYS = {"task", "command", "device", "versions", "seeds", "arms", "options", "finished"}
 
 
@@ -69,6 +70,44 @@ def trained(**more):
 @pytest.fixture(scope="module")
 def summary():
     return results(trained(lrs=(0.001, 0.01), g_lrs=(1.0, "sqrt"), seeds=2), "weightnorm compare")
+
+
+# The forms and the schedule
+
+
+class Scheduled(Tiny):
+    """Follows a schedule."""
+
+    def schedule(self, epoch, epochs):
+        return Schedule(1 - epoch / epochs, (0.9 - 0.2 * epoch, 0.999))
+
+
+@pytest.mark.parametrize("arm", ["weight_norm", "weight_norm_mean_only"])
+@pytest.mark.parametrize("g_lr", [1.0, 0.3, "sqrt"])
+def test_both_forms_train_alike(arm, g_lr):
+    """From the same start, through a schedule: the same losses at every step."""
+    losses = []
+    for form in ("optimizer", "module"):
+        comparison = Comparison(Scheduled(), options([arm], 3, g_lrs=(g_lr,), form=form))
+        comparison.train()
+        losses.append(torch.tensor([epoch.step_loss for epoch in comparison.runs[0].epochs]))
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+
+
+def test_runs_follow_the_tasks_schedule():
+    comparison = Comparison(Scheduled(), options(["plain", "weight_norm"], 3, (0.1,), g_lrs=("sqrt",)))
+    comparison.train()
+    for run in comparison.runs:
+        for group in run.optimizer.param_groups:
+            assert group["lr"] == pytest.approx(0.1 / 3)
+            assert group["betas"] == (0.5, 0.999)
+
+
+def test_without_learning_rates_each_arm_has_the_tasks_own():
+    rates = {"plain": 0.01, "weight_norm": 0.02}
+    comparison = Comparison(Tiny(), options(["plain", "weight_norm"], 1, (), rates=rates))
+    comparison.train()
+    assert [run.setting.lr for run in comparison.runs] == [0.01, 0.02]
 
 
 # The arms
@@ -220,7 +259,7 @@ def made_up(curves):
     """Return a comparison with given epoch losses: (arm, lr, seed) -> a loss an epoch, constant over its 5 steps."""
     comparison = Comparison(Tiny(), options(["plain", "weight_norm"], 3, (0.1, 0.2), seeds=2))
     for (arm, lr, seed), losses in curves.items():
-        run = Run(comparison.task, ARMS[arm], Setting(lr, 1.0 if arm == "weight_norm" else None), seed)
+        run = Run(comparison.task, ARMS[arm], Setting(lr, 1.0 if arm == "weight_norm" else None), seed, 3)
         step = 0.2 if arm == "plain" else 0.1
         run.epochs = [Epoch([loss] * 5, 10.0, 1.0, 20.0, seconds=5 * step) for loss in losses]
         comparison.runs.append(run)

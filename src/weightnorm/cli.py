@@ -9,7 +9,7 @@ import click
 
 from weightnorm._version import __version__
 from weightnorm.cli_checkpoints import COMMANDS
-from weightnorm.compare.arms import ARMS, DEFAULT_ARMS
+from weightnorm.compare.arms import ARMS
 from weightnorm.errors import INTERRUPTED, USER_ERROR, UserError
 from weightnorm.extras import require
 from weightnorm.tasks import TASKS
@@ -62,6 +62,13 @@ def _g_lr(text: str) -> float | str:
     return value
 
 
+def _by_task(option: str) -> str:
+    """Return each task's default for the help."""
+    values = {name: getattr(task, option) for name, task in TASKS.items()}
+    texts = {name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in values.items()}
+    return "; ".join(f"{text or 'those of the paper'} ({name})" for name, text in texts.items())
+
+
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="weightnorm")
 @click.pass_context
@@ -72,20 +79,21 @@ def weightnorm(context: click.Context) -> None:
 
 
 @weightnorm.command(context_settings={"show_default": True})
-@click.option("--task", type=click.Choice(list(TASKS)), default="fashion", help="What is trained.")
+@click.argument("task", type=click.Choice(list(TASKS)), default="fashion")
 @click.option(
     "--arms",
     type=CommaList(_arm, f"an arm; there are {', '.join(ARMS)}", "NAMES"),
-    default=",".join(DEFAULT_ARMS),
-    help=f"In which ways, separated by commas, of: {', '.join(ARMS)}.",
+    help=f"In which ways, separated by commas, of: {', '.join(ARMS)}.  [default: {_by_task('arms')}]",
 )
-@click.option("--epochs", type=click.IntRange(min=1), default=8, help="How long each run trains.")
+@click.option(
+    "--epochs", type=click.IntRange(min=1), help=f"How long each run trains.  [default: {_by_task('epochs')}]"
+)
 @click.option(
     "--lr",
     "lrs",
     type=CommaList(_positive, "a positive number", "NUMBERS"),
-    default="0.001,0.003",
-    help="Learning rates, separated by commas. Every arm tries each and is reported at its best.",
+    help="Learning rates, separated by commas. Every arm tries each and is reported at its best.  "
+    f"[default: {_by_task('lrs')}]",
 )
 @click.option(
     "--g-lr",
@@ -95,15 +103,34 @@ def weightnorm(context: click.Context) -> None:
     help="Factors on the learning rate of lengths, tried where weights are normalized; 'sqrt': the square root "
     "of each vector's number of elements.",
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=3, help="How many seeds; 2 or more give a verdict.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    help=f"How many seeds; 2 or more give a verdict.  [default: {_by_task('seeds')}]",
+)
+@click.option(
+    "--form",
+    type=click.Choice(["optimizer", "module"]),
+    default="optimizer",
+    help="Where weight normalization is: the optimizer steps on (v, g), or the layers hold them.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Folder with the task's data in the Hub's layout.  [default: $WEIGHTNORM_DATA/<task>; else it is downloaded]",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Train on so many examples only.  [default: all]")
 @click.option("--device", default="auto", help="'cpu', 'cuda', 'cuda:1', ...; 'auto': a GPU if there is one.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Folder for results.json, curves.png and report.html.  [default: runs/<time>]",
 )
-def compare(task: str, arms: Sequence[str], out: Path | None, **options: Any) -> int:
+def compare(task: str, out: Path | None, **options: Any) -> int:
     """Train one network in several arms side by side, and report what the evidence is.
+
+    TASK is what is trained: fashion (a small net on images that come with the package, the default) or cifar10 (the
+    paper's experiment 5.1; its learning rates unless --lr says others).
 
     All arms start from the same seeds and take turns, an epoch each. The report says how many steps and seconds each
     needs to reach the final training loss of the plain arm. Ctrl-C ends it early with a report of what has run.
@@ -112,7 +139,10 @@ def compare(task: str, arms: Sequence[str], out: Path | None, **options: Any) ->
     from weightnorm.compare.command import compare_and_report  # it imports torch, which help does without
 
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    return compare_and_report(task, arms=[ARMS[name] for name in arms], folder=folder, **options)
+    for name in ("arms", "epochs", "lrs", "seeds"):
+        options[name] = options[name] or getattr(TASKS[task], name)
+    options["arms"] = [ARMS[name] for name in options["arms"]]
+    return compare_and_report(task, folder=folder, **options)
 
 
 for _command in COMMANDS:

@@ -35,4 +35,3 @@ _TABLE = (
     Arm("mean_only", "plain weights and mean-only batch norm", norm="mean_only"),
 )
 ARMS = {arm.name: arm for arm in _TABLE}
-DEFAULT_ARMS = tuple(name for name in ARMS if name != "mean_only")

@@ -20,6 +20,7 @@ from weightnorm.compare.loop import Comparison, Options
 from weightnorm.compare.progress import ArmBars
 from weightnorm.compare.report import write_report
 from weightnorm.compare.results import results
+from weightnorm.compare.run import Form
 from weightnorm.compare.table import COLUMNS, Record, evidence, notes, rows
 from weightnorm.errors import INTERRUPTED, UserError
 from weightnorm.tasks import load_task
@@ -33,7 +34,10 @@ def compare_and_report(
     lrs: Sequence[float],
     g_lrs: Sequence[float | str],
     seeds: int,
+    form: Form,
     device: str,
+    data: Path | None,
+    limit: int | None,
     folder: Path,
 ) -> int:
     """Run a comparison; leave its report in a folder and its table on the terminal.
@@ -42,10 +46,13 @@ def compare_and_report(
         task: the task's name.
         arms: the arms.
         epochs: how long each run trains.
-        lrs: learning rates, tried in every arm.
+        lrs: learning rates, tried in every arm; empty: each has the one of the task's experiment.
         g_lrs: factors on that of lengths, tried in arms with weight normalization.
         seeds: how many.
+        form: where weight normalization is.
         device: as torch spells it, or "auto".
+        data: where the task's data lies; None: the task knows where to look.
+        limit: how many examples to train on; None: all.
         folder: for the report; made if it is not there.
 
     Returns:
@@ -54,7 +61,11 @@ def compare_and_report(
     Raises:
         UserError: before any training, if the device, the data or the folder cannot be used.
     """
-    comparison = Comparison(load_task(task, usable_device(device)), Options(arms, epochs, lrs, g_lrs, seeds))
+    loaded = load_task(task, usable_device(device), data, limit)
+    unknown = [arm.name for arm in arms if arm.name not in loaded.rates]
+    if unknown and not lrs:
+        raise UserError(f"the experiment {task} has no learning rate for {', '.join(unknown)}; give one with --lr")
+    comparison = Comparison(loaded, Options(arms, epochs, lrs, g_lrs, seeds, form, loaded.rates))
     make_writable(folder)
     finished = train(comparison)
     summary = results(comparison, shlex.join(["weightnorm", *sys.argv[1:]]))

@@ -1,11 +1,11 @@
 """The loop: all runs take turns, an epoch each, so that arms are timed side by side and stay equally far."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
 from weightnorm.compare.arms import Arm
-from weightnorm.compare.run import Run, Setting
+from weightnorm.compare.run import Form, Run, Setting
 from weightnorm.tasks.task import Task
 
 
@@ -16,9 +16,11 @@ class Options:
     Attributes:
         arms: the arms.
         epochs: how long each run trains.
-        lrs: the learning rates tried in every arm.
+        lrs: the learning rates tried in every arm; empty: in each the one that the task knows for it.
         g_lrs: factors on that of lengths, tried in arms with weight normalization.
         seeds: how many seeds, from 0.
+        form: where weight normalization is, in the "optimizer" or in the "module".
+        rates: the rates that the task knows, by the arm's name.
     """
 
     arms: Sequence[Arm]
@@ -26,10 +28,13 @@ class Options:
     lrs: Sequence[float]
     g_lrs: Sequence[float | str] = (1.0,)
     seeds: int = 1
+    form: Form = "optimizer"
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def settings(self, arm: Arm) -> list[Setting]:
         """Return the grid of an arm."""
-        return [Setting(lr, g_lr) for lr, g_lr in product(self.lrs, self.g_lrs if arm.weight_norm else (None,))]
+        lrs = self.lrs or (self.rates[arm.name],)
+        return [Setting(lr, g_lr) for lr, g_lr in product(lrs, self.g_lrs if arm.weight_norm else (None,))]
 
     def runs_of(self, arm: Arm) -> int:
         """Return how many runs an arm has."""
@@ -64,7 +69,7 @@ class Comparison:
             tell: is told of a run when it has done an epoch, or is not going to because it diverged.
         """
         for arm, setting, seed in self._turns():
-            self.runs.append(Run(self.task, arm, setting, seed))
+            self.runs.append(Run(self.task, arm, setting, seed, self.options.epochs, self.options.form))
         for _ in range(self.options.epochs):
             for run in self.runs:
                 if not run.diverged:

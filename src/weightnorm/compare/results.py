@@ -51,6 +51,7 @@ def results(comparison: Comparison, command: str) -> Record:
             "steps_per_epoch": task.steps_per_epoch,
             "lr": list(options.lrs),
             "g_lr": list(options.g_lrs),
+            "form": options.form,
         },
     }
     return dict(_to_json(record))

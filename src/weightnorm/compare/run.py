@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ from torch import nn
 import weightnorm as wn
 from weightnorm.compare.arms import Arm
 from weightnorm.tasks.task import Norm, Task
+
+Form = Literal["optimizer", "module"]
 
 _NORMS: dict[str | None, Norm | None] = {None: None, "mean_only": wn.MeanOnlyBatchNorm, "batch": nn.BatchNorm2d}
 
@@ -60,6 +62,8 @@ class Run:
         arm: how.
         setting: its learning rates.
         seed: decides initial weights and the order of the data; the same in every arm.
+        total: how many epochs it is to train, for the task's schedule.
+        form: where weight normalization is, in the "optimizer" or in the "module".
         epochs: what was measured so far.
     """
 
@@ -67,16 +71,22 @@ class Run:
     arm: Arm
     setting: Setting
     seed: int
+    total: int
+    form: Form = "optimizer"
     epochs: list[Epoch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._random_state: list[torch.Tensor] = []
         with self._own_random_state():
             self.model = initial_model(self.task, self.arm, self.seed)
-        if self.setting.g_lr is None:
-            self.optimizer = self.task.optimizer(self.model, self.setting.lr)
+        lr, g_lr = self.setting
+        if g_lr is None:
+            self.optimizer = self.task.optimizer(self.model.parameters(), lr)
+        elif self.form == "module":
+            self.optimizer = self.task.optimizer(module_form(self.model, self.task.v_std, lr, g_lr), lr)
         else:
-            self.optimizer = self.task.weight_norm_optimizer(self.model, self.setting.lr, self.setting.g_lr)
+            self.optimizer = self.task.weight_norm_optimizer(self.model, lr, g_lr)
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
     @property
     def diverged(self) -> bool:
@@ -98,6 +108,7 @@ class Run:
     def _train(self) -> torch.Tensor:
         """Train an epoch; return loss and share of wrong answers at every step, shape (2, steps)."""
         self.model.train()
+        self._follow_schedule()
         measured = []
         for batch in self.task.train_batches(self.seed, len(self.epochs)):
             self.optimizer.zero_grad()
@@ -106,6 +117,13 @@ class Run:
             self.optimizer.step()
             measured.append(torch.stack([loss.detach(), wrong]))  # read at the end: a GPU need not wait
         return torch.stack(measured, dim=1)
+
+    def _follow_schedule(self) -> None:
+        now = self.task.schedule(len(self.epochs), self.total)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * now.lr
+            if now.betas:
+                group["betas"] = now.betas
 
     @contextmanager
     def _own_random_state(self) -> Iterator[None]:
@@ -144,6 +162,32 @@ def initial_model(task: Task, arm: Arm, seed: int) -> nn.Module:
     if arm.init == "data":
         wn.data_init(model, task.init_batch())
     return model
+
+
+def module_form(model: nn.Module, v_std: float, lr: float, g_lr: float | str) -> list[dict[str, Any]]:
+    """Put weight normalization into a model's layers, and begin as the optimizer form does: ``‖v‖ = v_std sqrt(k)``.
+
+    Args:
+        model: the model; changed in place, the function that it computes is not.
+        v_std: of the direction's elements.
+        lr: learning rate.
+        g_lr: multiplies it for lengths; "sqrt": by sqrt(k).
+
+    Returns:
+        Groups for the optimizer of lengths, and of the rest.
+    """
+    wn.weight_norm(model)
+    groups: list[dict[str, Any]] = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            held: Any = layer.parametrizations.weight  # type: ignore[union-attr]
+            g, v = held.original0, held.original1
+            root = (v.numel() / len(v)) ** 0.5
+            with torch.no_grad():
+                v.copy_(torch.nn.functional.normalize(v.flatten(1)).view_as(v) * v_std * root)
+            groups.append({"params": [g], "lr": lr * (root if g_lr == "sqrt" else float(g_lr))})
+    lengths = {group["params"][0] for group in groups}
+    return [{"params": [p for p in model.parameters() if p not in lengths]}, *groups]
 
 
 def _random_state(device: torch.device) -> list[torch.Tensor]:

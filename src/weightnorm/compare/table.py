@@ -34,7 +34,9 @@ def notes(results: Record) -> list[str]:
         f"{seeds} seed{'s' * (seeds > 1)}, on {results['device']}, torch {results['versions']['torch']}. "
         "± is the standard error over seeds.",
         f"Every arm tried the learning rates {_list(options['lr'])} and is shown at its best: the lowest training loss "
-        "in the last epoch, averaged over seeds.",
+        "in the last epoch, averaged over seeds."
+        if options["lr"]
+        else "Every arm ran at the learning rate of the experiment, its best there.",
         "Steps and seconds are those to plain's mean training loss over its last epoch, seed by seed: until an arm's "
         "own mean over an epoch's worth of steps is no higher. In brackets: 95 % interval. Step time is in plain's.",
     ]

@@ -1,32 +1,69 @@
 """What the comparison can train, by name. A name costs nothing; its module, and torch, are imported when it is used."""
 
+from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from weightnorm.errors import UserError
 
 if TYPE_CHECKING:
     from weightnorm.tasks.task import Task
 
-TASKS = {"fashion": "weightnorm.tasks.fashion:Fashion"}  # name -> where its class lives
+
+@dataclass(frozen=True)
+class Entry:
+    """A task, and how it is compared unless the user says otherwise.
+
+    Attributes:
+        home: where its class lives.
+        arms: in which ways.
+        epochs: how long.
+        lrs: learning rates that every arm tries; empty: each has the one of the task's experiment.
+        seeds: how many.
+        has_folder: whether its data lies in a folder of the user's, and can be limited.
+    """
+
+    home: str
+    arms: tuple[str, ...]
+    epochs: int
+    lrs: tuple[float, ...]
+    seeds: int
+    has_folder: bool = False
 
 
-def load_task(name: str, device: str = "cpu") -> "Task":
+_DEMO = "plain", "plain_default_init", "weight_norm", "weight_norm_mean_only", "batch_norm"
+_PAPERS = "plain", "weight_norm", "weight_norm_mean_only", "batch_norm", "mean_only"
+
+TASKS = {
+    "fashion": Entry("weightnorm.tasks.fashion:Fashion", _DEMO, 8, (0.001, 0.003), 3),
+    "cifar10": Entry("weightnorm.tasks.cifar10:Cifar10", _PAPERS, 200, (), 1, has_folder=True),
+}
+
+
+def load_task(name: str, device: str = "cpu", folder: Path | None = None, limit: int | None = None) -> "Task":
     """Make a task by name, its data on a device.
 
     Args:
         name: one of ``TASKS``.
         device: where its data and models live, as torch spells it. Default "cpu".
+        folder: where its data lies, if it does not come with the package; None: the task knows where to look.
+        limit: how many examples it trains on; None: all.
 
     Returns:
         The task.
 
     Raises:
         KeyError: if there is no task of that name.
-        weightnorm.errors.UserError: if its data is missing or damaged.
+        weightnorm.errors.UserError: if its data is missing or damaged, or comes with the package and one is named.
 
     Example:
         >>> load_task("fashion").steps_per_epoch
         80
     """
-    module, _, cls = TASKS[name].partition(":")
-    task: Task = getattr(import_module(module), cls)(device)
+    module, _, cls = TASKS[name].home.partition(":")
+    if not TASKS[name].has_folder and (folder or limit):
+        raise UserError(f"the data of {name} comes with the package; leave --data and --limit out")
+    options = {"folder": folder, "limit": limit} if TASKS[name].has_folder else {}
+    task: Task = getattr(import_module(module), cls)(device, **options)
     return task

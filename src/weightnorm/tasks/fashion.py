@@ -6,27 +6,23 @@ test set (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747), made by ``tools/make_f
 
 import hashlib
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weightnorm.errors import UserError
-from weightnorm.tasks.task import Norm, Scores, Task
+from weightnorm.tasks.classification import Classification
+from weightnorm.tasks.task import Norm
 
 DATA = Path(__file__).parent / "data" / "fashion.npz"
 SHA256 = "bb2614f61c9f81b17cb02d28a6fce1bd4b32808808ed1c33d1b1b1c6a2ef8fd0"
-BATCH = 100
-INIT_BATCH = 500
-
-Batch = tuple[Tensor, Tensor]  # images (N, 1, 28, 28), standardised; labels (N,)
 
 
-class Fashion(Task):
-    """Classify pictures of clothes; the data lives on the device and a batch is an index into it.
+class Fashion(Classification):
+    """Classify pictures of clothes.
 
     Args:
         device: where.
@@ -47,7 +43,6 @@ class Fashion(Task):
             (((arrays[f"{split}_images"] - mean) / std).unsqueeze(1), arrays[f"{split}_labels"].long())
             for split in ("train", "test")
         )
-        self.steps_per_epoch = len(self.train[1]) // BATCH
 
     def model(self, norm: Norm | None = None) -> nn.Module:
         """Return the net: 3x3 convolutions, leaky ReLU 0.1, max-pools, a 1x1, the average over positions, dense."""
@@ -65,31 +60,6 @@ class Fashion(Task):
         ]
         model = nn.Sequential(*layers).to(self.device)
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on CPU
-
-    def init_batch(self) -> Tensor:
-        """Return the first 500 training images, as many as the authors took."""
-        return self.train[0][:INIT_BATCH]
-
-    def train_batches(self, seed: int, epoch: int) -> Iterator[Batch]:
-        """Yield 80 batches of 100, the training set in a new order every epoch."""
-        images, labels = self.train
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        for chosen in order.to(self.device).split(BATCH):
-            yield images[chosen], labels[chosen]
-
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the mean cross-entropy and the share of wrong answers."""
-        images, labels = batch
-        logits = model(images)
-        return nn.functional.cross_entropy(logits, labels), (logits.argmax(1) != labels).float().mean()
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> Scores:
-        """Score a model on the 2,000 test images."""
-        # In parts that fit in the cache: three times as fast as all at once.
-        parts = zip(*(whole.split(BATCH) for whole in self.test), strict=True)
-        loss, error = torch.stack([torch.stack(self.loss(model, part)) for part in parts]).mean(0).tolist()
-        return Scores(loss, 100 * error)
 
 
 def read_data(path: Path = DATA) -> dict[str, np.ndarray]:

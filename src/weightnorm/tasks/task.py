@@ -1,11 +1,13 @@
 """What a task is: something to train, with the data, the loss and the settings that its experiment fixes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 import weightnorm as wn
 
@@ -20,13 +22,20 @@ class Scores(NamedTuple):
     error: float
 
 
+class Schedule(NamedTuple):
+    """What an epoch's optimizer has: a factor on the learning rate, and Adam's β; None: as it was made."""
+
+    lr: float = 1.0
+    betas: tuple[float, float] | None = None
+
+
 class Task(ABC):
     """Something to train in several arms.
 
     Attributes:
         name: what it is called on the command line.
         v_std: the standard deviation from which the experiment draws ``v``. Default 0.05, the paper's.
-        steps_per_epoch: how many batches ``train_batches`` yields.
+        rates: the experiment's learning rate in each arm, by the arm's name; where none is known, the user says.
 
     Args:
         device: where data and models live.
@@ -34,10 +43,15 @@ class Task(ABC):
 
     name: ClassVar[str]
     v_std: ClassVar[float] = 0.05
-    steps_per_epoch: int
+    rates: ClassVar[Mapping[str, float]] = MappingProxyType({})
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
+
+    @property
+    @abstractmethod
+    def steps_per_epoch(self) -> int:
+        """Return how many batches ``train_batches`` yields."""
 
     @abstractmethod
     def model(self, norm: Norm | None = None) -> nn.Module:
@@ -63,6 +77,10 @@ class Task(ABC):
     def evaluate(self, model: nn.Module) -> Scores:
         """Score a model, in eval mode, on held-out data."""
 
+    def schedule(self, epoch: int, epochs: int) -> Schedule:
+        """Return the optimizer's settings in an epoch, counted from 0, of so many. Default: they stay."""
+        return Schedule()
+
     def draw_weights(self, model: nn.Module) -> None:
         """Draw the experiment's initial weights: v ~ N(0, v_std²), biases 0 (section 3)."""
         for layer in model.modules():
@@ -71,9 +89,14 @@ class Task(ABC):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
-    def optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        """Return the optimizer for plain weights. Default: Adam, as in the paper's experiment 5.1."""
-        return torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    def optimizer(self, params: ParamsT, lr: float) -> torch.optim.Optimizer:
+        """Return the optimizer for plain weights, or for lengths and directions in module form. Default: Adam.
+
+        Args:
+            params: parameters, or groups of them.
+            lr: learning rate.
+        """
+        return torch.optim.Adam(params, lr=lr, fused=True)
 
     def weight_norm_optimizer(self, model: nn.Module, lr: float, g_lr: float | str) -> torch.optim.Optimizer:
         """Return the same optimizer on length and direction.

@@ -262,3 +262,49 @@ def test_a_weight_of_more_than_2_to_the_31_elements():
     for rows in (slice(0, 5), slice(-5, None)):
         for result, expected in zip((w, grad_v, grad_g), by_formula(v[rows], g[rows], Axis(0), v[rows]), strict=True):
             torch.testing.assert_close(result[rows], expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_mean_only_batch_norm_on_the_gpu_is_that_on_the_cpu(dtype, tolerance, layout):
+    t = (torch.randn(8, 6, 9, 9) + 3).to(dtype).contiguous(memory_format=layout)
+    grad = torch.randn(8, 6, 9, 9).to(dtype)
+    found = []
+    for device in ("cuda", "cpu"):
+        layer, own = wn.MeanOnlyBatchNorm(6).to(device), t.to(device).requires_grad_()
+        nn.init.ones_(layer.bias)
+        out = layer(own)
+        out.backward(grad.to(device))
+        assert out.stride() == own.grad.stride() == t.stride()
+        found.append([x.detach().cpu().float() for x in (out, own.grad, layer.bias.grad, layer.running_mean)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_shift_of_zero_on_narrow_activations_changes_no_bit():
+    t = torch.randn(64, 5, 33, device="cuda").bfloat16()
+    assert torch.equal(wn.MeanOnlyBatchNorm(5).cuda().eval()(t), t)  # it goes through batch_norm, whose 1/sqrt is 1
+
+
+def test_mean_only_batch_norm_waits_for_nothing():
+    layer, t = wn.MeanOnlyBatchNorm(6).cuda(), torch.randn(8, 6, 9, 9, device="cuda", requires_grad=True)
+    layer(t).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(t).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_data_init_on_the_gpu_hands_on_what_the_next_pass_will(several):
+    net = nn.Sequential(
+        nn.Linear(6, 8), nn.Dropout(), nn.TransformerEncoderLayer(8, 2, 16, 0.3, batch_first=True)
+    ).cuda()
+    x, outputs = torch.randn(7, 5, 6, device="cuda"), []
+    before = torch.cuda.get_rng_state()
+    with net.register_forward_hook(lambda net, args, output: outputs.append(output)):
+        wn.data_init(net, [x, x + 1] if several else x)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    if not several:
+        torch.testing.assert_close(net(x), outputs[-1])

@@ -148,7 +148,7 @@ def test_ctrl_c_leaves_a_report_even_if_pressed_twice(tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "interrupted" in out
-    assert {path.name for path in folder.iterdir()} == {"results.json", "curves.png", "report.html"}
+    assert {path.name for path in folder.iterdir()} == {"results.json", "curves.png", "report.html", "checkpoint.pt"}
     record = json.loads((folder / "results.json").read_text())
     assert list(record["arms"]) == ["plain", "batch_norm"]
     assert "</html>" in (folder / "report.html").read_text()

@@ -122,27 +122,72 @@ def weightnorm(context: click.Context) -> None:
 @click.option("--limit", type=click.IntRange(min=1), help="Train on so many examples only.  [default: all]")
 @click.option("--device", default="auto", help="'cpu', 'cuda', 'cuda:1', ...; 'auto': a GPU if there is one.")
 @click.option(
+    "--max-minutes", type=click.FloatRange(min=0), help="Pause after so many; go on with --resume.  [default: never]"
+)
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(min=1),
+    default=5,
+    help="Leave a checkpoint in the folder whenever all runs have done so many more epochs.",
+)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    help="Go on with the comparison in this folder, to the last bit on a CPU.  [default: begin a new one]",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Folder for results.json, curves.png and report.html.  [default: runs/<time>]",
 )
-def compare(task: str, out: Path | None, **options: Any) -> int:
+@click.pass_context
+def compare(
+    context: click.Context,
+    /,
+    task: str,
+    device: str,
+    out: Path | None,
+    max_minutes: float | None,
+    checkpoint_every: int,
+    resume: Path | None,
+    **options: Any,
+) -> int:
     """Train one network in several arms side by side, and report what the evidence is.
 
     TASK is what is trained: fashion (a small net on images that come with the package, the default) or cifar10 (the
     paper's experiment 5.1; its learning rates unless --lr says others).
 
     All arms start from the same seeds and take turns, an epoch each. The report says how many steps and seconds each
-    needs to reach the final training loss of the plain arm. Ctrl-C ends it early with a report of what has run.
+    needs to reach the final training loss of the plain arm. Ctrl-C ends it early with a report of what has run;
+    --resume goes on from there.
     """
     require("compare", "matplotlib", "jinja2")
-    from weightnorm.compare.command import compare_and_report  # it imports torch, which help does without
+    if resume:
+        _refuse_beside_resume(context)
+        from weightnorm.compare.command import resume_and_report  # it imports torch, which help does without
 
-    folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+        return resume_and_report(resume, device, max_minutes, checkpoint_every)
+    from weightnorm.compare.command import compare_and_report
+    from weightnorm.compare.saving import Request
+
     for name in ("arms", "epochs", "lrs", "seeds"):
         options[name] = options[name] or getattr(TASKS[task], name)
-    options["arms"] = [ARMS[name] for name in options["arms"]]
-    return compare_and_report(task, folder=folder, **options)
+    options["data"] = str(options["data"].absolute()) if options["data"] else None
+    folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    return compare_and_report(Request(task, **options), folder, device, max_minutes, checkpoint_every)
+
+
+def _refuse_beside_resume(context: click.Context) -> None:
+    """Refuse options that a comparison has had from its beginning."""
+    free = {"resume", "device", "max_minutes", "checkpoint_every"}
+    given = [
+        param.opts[0]
+        for param in context.command.params
+        if param.name not in free
+        and context.get_parameter_source(str(param.name)) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise UserError(f"--resume goes on with all that was asked for then; leave {', '.join(given)} out")
 
 
 for _command in COMMANDS:

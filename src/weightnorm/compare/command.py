@@ -1,11 +1,13 @@
 """What ``weightnorm compare`` does once its options are read: train, report, show."""
 
 import logging
+import math
 import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,45 +17,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from weightnorm.compare.arms import Arm
-from weightnorm.compare.loop import Comparison, Options
+from weightnorm.compare.loop import Comparison
 from weightnorm.compare.progress import ArmBars
 from weightnorm.compare.report import write_report
 from weightnorm.compare.results import results
-from weightnorm.compare.run import Form
+from weightnorm.compare.saving import NAME, Request, load, restore, save
 from weightnorm.compare.table import COLUMNS, Record, evidence, notes, rows
 from weightnorm.errors import INTERRUPTED, UserError
-from weightnorm.tasks import load_task
 
 
-def compare_and_report(
-    task: str,
-    *,
-    arms: Sequence[Arm],
-    epochs: int,
-    lrs: Sequence[float],
-    g_lrs: Sequence[float | str],
-    seeds: int,
-    form: Form,
-    device: str,
-    data: Path | None,
-    limit: int | None,
-    folder: Path,
-) -> int:
+def compare_and_report(request: Request, folder: Path, device: str, minutes: float | None, every: int) -> int:
     """Run a comparison; leave its report in a folder and its table on the terminal.
 
     Args:
-        task: the task's name.
-        arms: the arms.
-        epochs: how long each run trains.
-        lrs: learning rates, tried in every arm; empty: each has the one of the task's experiment.
-        g_lrs: factors on that of lengths, tried in arms with weight normalization.
-        seeds: how many.
-        form: where weight normalization is.
+        request: what to compare.
+        folder: for the report and checkpoints; made if it is not there.
         device: as torch spells it, or "auto".
-        data: where the task's data lies; None: the task knows where to look.
-        limit: how many examples to train on; None: all.
-        folder: for the report; made if it is not there.
+        minutes: pause after so many; None: never.
+        every: leave a checkpoint whenever all runs have done so many more epochs.
 
     Returns:
         The exit code: 0, or 130 if it was interrupted.
@@ -61,17 +42,63 @@ def compare_and_report(
     Raises:
         UserError: before any training, if the device, the data or the folder cannot be used.
     """
-    loaded = load_task(task, usable_device(device), data, limit)
-    unknown = [arm.name for arm in arms if arm.name not in loaded.rates]
-    if unknown and not lrs:
-        raise UserError(f"the experiment {task} has no learning rate for {', '.join(unknown)}; give one with --lr")
-    comparison = Comparison(loaded, Options(arms, epochs, lrs, g_lrs, seeds, form, loaded.rates))
+    comparison = request.comparison(usable_device(device))
     make_writable(folder)
-    finished = train(comparison)
+    return _finish(request, comparison, folder, minutes, every)
+
+
+def resume_and_report(folder: Path, device: str, minutes: float | None, every: int) -> int:
+    """Go on with a comparison that was paused, interrupted or killed; ``compare_and_report`` says how.
+
+    Raises:
+        UserError: if there is none in the folder, or the device or the data cannot be used.
+    """
+    request, runs = load(folder)
+    comparison = request.comparison(usable_device(device))
+    restore(comparison, runs)
+    return _finish(request, comparison, folder, minutes, every)
+
+
+def _finish(request: Request, comparison: Comparison, folder: Path, minutes: float | None, every: int) -> int:
+    interrupted = not train(comparison, Keeper(folder, request, comparison, every, minutes))
+    if comparison.finished:
+        (folder / NAME).unlink(missing_ok=True)
+    else:
+        save(folder, request, comparison)
     summary = results(comparison, shlex.join(["weightnorm", *sys.argv[1:]]))
     write_report(summary, folder)
     show(summary, folder)
-    return 0 if finished else INTERRUPTED
+    if not comparison.finished:
+        Console(stderr=True).print(f"Go on with: weightnorm compare --resume {folder}", highlight=False, soft_wrap=True)
+    return INTERRUPTED if interrupted else 0
+
+
+class Keeper:
+    """Keeps time and checkpoints while a comparison trains.
+
+    Args:
+        folder: for the checkpoints.
+        request: what was asked for.
+        comparison: what trains.
+        every: a checkpoint after so many epochs of all runs.
+        minutes: how long; None: to the end.
+    """
+
+    def __init__(self, folder: Path, request: Request, comparison: Comparison, every: int, minutes: float | None):
+        self._folder, self._request, self._comparison, self._every = folder, request, comparison, every
+        self._until = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self._saved = self._done()
+
+    def pause(self) -> bool:
+        """Leave a checkpoint if it is time for one; say whether the time is up."""
+        if self._done() >= self._saved + self._every:
+            save(self._folder, self._request, self._comparison)
+            self._saved = self._done()
+        return time.monotonic() > self._until
+
+    def _done(self) -> int:
+        """Return how many epochs all runs have done."""
+        return min((len(run.epochs) for run in self._comparison.runs if not run.diverged), default=0)
 
 
 def usable_device(name: str) -> str:
@@ -103,15 +130,15 @@ def make_writable(folder: Path) -> None:
         raise UserError(f"cannot write to the folder {folder} ({error.strerror}); name another with --out") from error
 
 
-def train(comparison: Comparison) -> bool:
-    """Train, with live progress, until all is done or Ctrl-C is pressed; say whether all was done.
+def train(comparison: Comparison, keeper: Keeper) -> bool:
+    """Train, with live progress, until all is done, the time is up or Ctrl-C is pressed; say whether it was not.
 
     From then on Ctrl-C is ignored, so that a second one (some shells send two) does not tear the report.
     """
     signal.signal(signal.SIGINT, _interrupt_once)
     try:
         with _unsaid(), ArmBars(Console(stderr=True), comparison.options) as bars:
-            comparison.train(bars.tell)
+            comparison.train(bars.tell, keeper.pause)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     except KeyboardInterrupt:
         return False

@@ -62,17 +62,25 @@ class Comparison:
         done = [run.diverged or len(run.epochs) == self.options.epochs for run in self.runs]
         return len(done) == planned and all(done)
 
-    def train(self, tell: Callable[[Run], None] = lambda run: None) -> None:
-        """Train everything; interrupted at any point, ``runs`` holds whole epochs of what has run.
+    def prepare(self) -> None:
+        """Make all runs, if there are none yet."""
+        if not self.runs:
+            made = (Run(self.task, *turn, self.options.epochs, self.options.form) for turn in self._turns())
+            self.runs.extend(made)
+
+    def train(self, tell: Callable[[Run], None] = lambda run: None, pause: Callable[[], bool] = lambda: False) -> None:
+        """Train everything that is not trained yet; interrupted at any point, ``runs`` holds whole epochs.
 
         Args:
             tell: is told of a run when it has done an epoch, or is not going to because it diverged.
+            pause: is asked before each epoch, and ends the training if it says so.
         """
-        for arm, setting, seed in self._turns():
-            self.runs.append(Run(self.task, arm, setting, seed, self.options.epochs, self.options.form))
-        for _ in range(self.options.epochs):
+        self.prepare()
+        for epoch in range(self.options.epochs):
             for run in self.runs:
-                if not run.diverged:
+                if len(run.epochs) <= epoch and not run.diverged:
+                    if pause():
+                        return
                     run.train_epoch()
                 tell(run)
 

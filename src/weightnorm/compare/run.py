@@ -1,8 +1,9 @@
 """One training run: an arm, its learning rates and a seed."""
 
+import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -93,14 +94,33 @@ class Run:
         """Say whether the loss is no longer a finite number."""
         return bool(self.epochs) and not math.isfinite(self.epochs[-1].train_loss)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that changes in training, but for ``epochs``."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": self._random_state,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state_dict``."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._random_state = list(state["random"])
+
     def train_epoch(self) -> None:
-        """Train one more epoch, score the model and record both; interrupted, it records nothing."""
-        with self._own_random_state():
-            start = self._now()
-            measured = self._train()
-            seconds = self._now() - start
-            self.model.eval()
-            scores = self.task.evaluate(self.model)
+        """Train one more epoch, score the model and record both; interrupted, the run is as it was before."""
+        before = copy.deepcopy(self.state_dict())
+        try:
+            with self._own_random_state():
+                start = self._now()
+                measured = self._train()
+                seconds = self._now() - start
+                self.model.eval()
+                scores = self.task.evaluate(self.model)
+        except BaseException:
+            self.load_state_dict(before)
+            raise
         step_loss, wrong = measured.tolist()
         train_error = 100 * sum(wrong) / len(wrong)
         self.epochs.append(Epoch(step_loss, train_error, scores.loss, scores.error, seconds))

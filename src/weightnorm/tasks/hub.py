@@ -7,16 +7,16 @@ or ``datasets`` writes. Where none is named, the data set is downloaded.
 import hashlib
 import io
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from weightnorm.checkpoints.files import replacing
 from weightnorm.errors import UserError
 from weightnorm.extras import require
 
@@ -127,7 +127,7 @@ class HubData:
                 )
 
 
-def cached(name: str, make: Any) -> dict[str, np.ndarray]:
+def cached(name: str, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Return named arrays from the cache, or make them and leave them there; a cache that cannot be used is left out.
 
     Args:
@@ -139,15 +139,12 @@ def cached(name: str, make: Any) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, ValueError, EOFError, KeyError):  # there is none, or it was cut short
-        arrays = make()
-    try:
+        arrays = dict(make())
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
-        os.replace(file.name, path)
-    except OSError:
-        pass
-    return dict(arrays)
+    return arrays
 
 
 def _hash(paths: Sequence[Path]) -> str:

@@ -19,7 +19,7 @@ from weightnorm.tasks import TASKS, load_task
 from weightnorm.tasks.task import Schedule, Scores, Task
 
 DEFAULT_ARMS = TASKS["fashion"].arms
-KEYS = {"task", "command", "device", "versions", "seeds", "arms", "options", "finished"}
+KEYS = {"task", "paper", "command", "device", "versions", "seeds", "arms", "options", "finished"}
 
 
 class Tiny(Task):

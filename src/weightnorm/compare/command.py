@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -150,16 +150,24 @@ def show(summary: Record, folder: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a file has no width: let the table have its own
-    table = Table(header_style="bold")
-    for column in COLUMNS:
-        table.add_column(column, no_wrap=column == "arm")
-    for row in rows(summary):
-        table.add_row(*row)
-    console.print(table)
+    console.print(_table(COLUMNS, rows(summary)))
     for line in notes(summary):
         console.print(line, highlight=False)
+    if paper := summary["paper"]:
+        console.print(_table(paper["columns"], paper["rows"]))
+        for line in paper["notes"]:
+            console.print(line, highlight=False)
     console.print(evidence(summary), style="bold", highlight=False)
     console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:
+    table = Table(header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=column == "arm")
+    for row in cells:
+        table.add_row(*row)
+    return table
 
 
 @contextmanager

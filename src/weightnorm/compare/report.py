@@ -2,13 +2,13 @@
 
 import io
 import json
-import os
 from pathlib import Path
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from weightnorm.checkpoints.files import replacing
 from weightnorm.compare.curves import draw_curves
 from weightnorm.compare.table import COLUMNS, Record, evidence, notes, rows
 
@@ -55,10 +55,5 @@ def _image(figure: Figure, kind: str) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then put it there: readers see the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

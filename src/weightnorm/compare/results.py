@@ -14,6 +14,7 @@ from weightnorm.compare.arms import PLAIN, Arm
 from weightnorm.compare.best import Best, best_of, compared_epochs, step_losses
 from weightnorm.compare.evidence import mean_ratio, spread, verdict
 from weightnorm.compare.loop import Comparison
+from weightnorm.compare.paper import beside_paper
 from weightnorm.compare.run import Run
 from weightnorm.compare.table import Record
 
@@ -43,6 +44,7 @@ def results(comparison: Comparison, command: str) -> Record:
         "versions": versions(),
         "seeds": sorted({run.seed for run in comparison.runs if run.epochs}),
         "arms": {arm.name: _arm_record(arm, best[arm], runs[arm], plain) for arm in options.arms},
+        "paper": task.paper and beside_paper(task.paper, {arm.name: best[arm] for arm in options.arms}, options.epochs),
         "finished": comparison.finished,
         "options": {
             "seeds": options.seeds,

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,6 +23,40 @@ class Scores(NamedTuple):
     error: float
 
 
+@dataclass(frozen=True)
+class PaperArm:
+    """What a paper reports of an arm.
+
+    Attributes:
+        test_error: at the end, in percent.
+        train_error: epoch, from 0 -> training error, in percent.
+        first_epoch: training error, in percent -> first epoch at or under it.
+    """
+
+    test_error: float
+    train_error: Mapping[int, float]
+    first_epoch: Mapping[float, int]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What a paper reports of an experiment.
+
+    Attributes:
+        epochs: how long it trained.
+        train_epochs: at which of them training errors are known.
+        levels: training errors, in percent, of which the first epoch is known.
+        arms: by the arm's name.
+        notes: what a reader who compares needs to know.
+    """
+
+    epochs: int
+    train_epochs: tuple[int, ...]
+    levels: tuple[float, ...]
+    arms: Mapping[str, PaperArm]
+    notes: tuple[str, ...] = ()
+
+
 class Schedule(NamedTuple):
     """What an epoch's optimizer has: a factor on the learning rate, and Adam's β; None: as it was made."""
 
@@ -36,6 +71,7 @@ class Task(ABC):
         name: what it is called on the command line.
         v_std: the standard deviation from which the experiment draws ``v``. Default 0.05, the paper's.
         rates: the experiment's learning rate in each arm, by the arm's name; where none is known, the user says.
+        paper: what the paper reports of the experiment, if it is one of a paper's.
 
     Args:
         device: where data and models live.
@@ -44,6 +80,7 @@ class Task(ABC):
     name: ClassVar[str]
     v_std: ClassVar[float] = 0.05
     rates: ClassVar[Mapping[str, float]] = MappingProxyType({})
+    paper: ClassVar[Paper | None] = None
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)

@@ -308,3 +308,23 @@ def test_data_init_on_the_gpu_hands_on_what_the_next_pass_will(several):
     assert torch.equal(torch.cuda.get_rng_state(), before)
     if not several:
         torch.testing.assert_close(net(x), outputs[-1])
+
+
+@pytest.mark.parametrize("form", ["optimizer", "module"])
+@pytest.mark.parametrize("arm", ["plain", "weight_norm", "weight_norm_mean_only", "batch_norm"])
+def test_a_comparisons_recorded_steps_are_its_eager_ones(arm, form):
+    from weightnorm.compare.arms import ARMS
+    from weightnorm.compare.loop import Comparison, Options
+    from weightnorm.tasks import load_task
+
+    losses = []
+    for records in (True, False):
+        comparison = Comparison(load_task("fashion", "cuda"), Options([ARMS[arm]], 2, (0.001,), form=form))
+        comparison.prepare()
+        (run,) = comparison.runs
+        if not records:
+            run._records = False
+            run._prepare_step()
+        comparison.train()
+        losses.append(torch.tensor([epoch.step_loss for epoch in run.epochs]))
+    torch.testing.assert_close(*losses, rtol=2e-2, atol=0)

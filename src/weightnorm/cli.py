@@ -115,6 +115,12 @@ def weightnorm(context: click.Context) -> None:
     help="Where weight normalization is: the optimizer steps on (v, g), or the layers hold them.",
 )
 @click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    help="Of forward and backward; bf16: under autocast, weights stay fp32.",
+)
+@click.option(
     "--data",
     type=click.Path(path_type=Path),
     help="Folder with the task's data in the Hub's layout.  [default: $WEIGHTNORM_DATA/<task>; else it is downloaded]",

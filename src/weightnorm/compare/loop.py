@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from weightnorm.compare.arms import Arm
-from weightnorm.compare.run import Form, Run, Setting
+from weightnorm.compare.run import Form, Precision, Run, Setting
 from weightnorm.tasks.task import Task
 
 
@@ -20,6 +20,7 @@ class Options:
         g_lrs: factors on that of lengths, tried in arms with weight normalization.
         seeds: how many seeds, from 0.
         form: where weight normalization is, in the "optimizer" or in the "module".
+        precision: "fp32", or "bf16": forward and backward under autocast.
         rates: the rates that the task knows, by the arm's name.
     """
 
@@ -29,6 +30,7 @@ class Options:
     g_lrs: Sequence[float | str] = (1.0,)
     seeds: int = 1
     form: Form = "optimizer"
+    precision: Precision = "fp32"
     rates: Mapping[str, float] = field(default_factory=dict)
 
     def settings(self, arm: Arm) -> list[Setting]:
@@ -65,8 +67,8 @@ class Comparison:
     def prepare(self) -> None:
         """Make all runs, if there are none yet."""
         if not self.runs:
-            made = (Run(self.task, *turn, self.options.epochs, self.options.form) for turn in self._turns())
-            self.runs.extend(made)
+            asked = self.options.epochs, self.options.form, self.options.precision
+            self.runs.extend(Run(self.task, *turn, *asked) for turn in self._turns())
 
     def train(self, tell: Callable[[Run], None] = lambda run: None, pause: Callable[[], bool] = lambda: False) -> None:
         """Train everything that is not trained yet; interrupted at any point, ``runs`` holds whole epochs.

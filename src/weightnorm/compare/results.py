@@ -54,6 +54,7 @@ def results(comparison: Comparison, command: str) -> Record:
             "lr": list(options.lrs),
             "g_lr": list(options.g_lrs),
             "form": options.form,
+            "precision": options.precision,
         },
     }
     return dict(_to_json(record))

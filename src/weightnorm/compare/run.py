@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -13,9 +13,11 @@ from torch import nn
 
 import weightnorm as wn
 from weightnorm.compare.arms import Arm
+from weightnorm.compare.step import Recorded
 from weightnorm.tasks.task import Norm, Task
 
 Form = Literal["optimizer", "module"]
+Precision = Literal["fp32", "bf16"]
 
 _NORMS: dict[str | None, Norm | None] = {None: None, "mean_only": wn.MeanOnlyBatchNorm, "batch": nn.BatchNorm2d}
 
@@ -65,6 +67,7 @@ class Run:
         seed: decides initial weights and the order of the data; the same in every arm.
         total: how many epochs it is to train, for the task's schedule.
         form: where weight normalization is, in the "optimizer" or in the "module".
+        precision: "bf16": forward and backward under autocast; weights and optimizer stay float32.
         epochs: what was measured so far.
     """
 
@@ -74,6 +77,7 @@ class Run:
     seed: int
     total: int
     form: Form = "optimizer"
+    precision: Precision = "fp32"
     epochs: list[Epoch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -88,6 +92,8 @@ class Run:
         else:
             self.optimizer = self.task.weight_norm_optimizer(self.model, lr, g_lr)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._records = self.task.device.type == "cuda"
+        self._prepare_step()
 
     @property
     def diverged(self) -> bool:
@@ -107,6 +113,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._random_state = list(state["random"])
+        self._prepare_step()  # the optimizer's state lies elsewhere now
 
     def train_epoch(self) -> None:
         """Train one more epoch, score the model and record both; interrupted, the run is as it was before."""
@@ -117,7 +124,8 @@ class Run:
                 measured = self._train()
                 seconds = self._now() - start
                 self.model.eval()
-                scores = self.task.evaluate(self.model)
+                with self._cast():
+                    scores = self.task.evaluate(self.model)
         except BaseException:
             self.load_state_dict(before)
             raise
@@ -131,19 +139,41 @@ class Run:
         self._follow_schedule()
         measured = []
         for batch in self.task.train_batches(self.seed, len(self.epochs)):
-            self.optimizer.zero_grad()
-            loss, wrong = self.task.loss(self.model, batch)
-            loss.backward()
-            self.optimizer.step()
-            measured.append(torch.stack([loss.detach(), wrong]))  # read at the end: a GPU need not wait
+            measured.append(self._step(*batch))  # read at the end: a GPU need not wait
         return torch.stack(measured, dim=1)
+
+    def _take_step(self, *batch: torch.Tensor) -> torch.Tensor:
+        """Take one training step; return its loss and share of wrong answers."""
+        self.optimizer.zero_grad()
+        with self._cast():
+            loss, wrong = self.task.loss(self.model, batch)
+        loss.backward()
+        self.optimizer.step()
+        return torch.stack([loss.detach(), wrong])
+
+    def _prepare_step(self) -> None:
+        self._step = Recorded(self._take_step) if self._records else self._take_step
+        if self._records:
+            for group in self.optimizer.param_groups:
+                # Where a recorded step reads it.
+                group["lr"] = torch.tensor(float(group["lr"]), device=self.task.device)
+                group["capturable"] = True
+
+    def _cast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.task.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _follow_schedule(self) -> None:
         now = self.task.schedule(len(self.epochs), self.total)
+        before = [group.get("betas") for group in self.optimizer.param_groups]
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * now.lr
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate * now.lr)
+            else:
+                group["lr"] = rate * now.lr
             if now.betas:
                 group["betas"] = now.betas
+        if before != [group.get("betas") for group in self.optimizer.param_groups]:
+            self._prepare_step()  # they are part of what was recorded
 
     @contextmanager
     def _own_random_state(self) -> Iterator[None]:

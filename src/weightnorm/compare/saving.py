@@ -28,6 +28,7 @@ class Request:
         g_lrs: factors on that of lengths, tried in arms with weight normalization.
         seeds: how many.
         form: where weight normalization is, in the "optimizer" or in the "module".
+        precision: of forward and backward, "fp32" or "bf16".
         data: where the task's data lies; None: the task knows where to look.
         limit: how many examples to train on; None: all.
     """
@@ -39,6 +40,7 @@ class Request:
     g_lrs: Sequence[float | str]
     seeds: int
     form: Any = "optimizer"
+    precision: Any = "fp32"
     data: str | None = None
     limit: int | None = None
 
@@ -57,7 +59,8 @@ class Request:
             names = ", ".join(unknown)
             raise UserError(f"the experiment {self.task} has no learning rate for {names}; give one with --lr")
         arms = [ARMS[name] for name in self.arms]
-        return Comparison(task, Options(arms, self.epochs, self.lrs, self.g_lrs, self.seeds, self.form, task.rates))
+        asked = arms, self.epochs, self.lrs, self.g_lrs, self.seeds, self.form, self.precision
+        return Comparison(task, Options(*asked, task.rates))
 
 
 def save(folder: Path, request: Request, comparison: Comparison) -> None:

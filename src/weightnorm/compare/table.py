@@ -31,7 +31,8 @@ def notes(results: Record) -> list[str]:
     options, seeds = results["options"], len(results["seeds"])
     lines = [
         f"{results['task']}, {options['epochs_compared']} epochs of {options['steps_per_epoch']} steps, "
-        f"{seeds} seed{'s' * (seeds > 1)}, on {results['device']}, torch {results['versions']['torch']}. "
+        f"{seeds} seed{'s' * (seeds > 1)}, on {results['device']}, torch {results['versions']['torch']}, "
+        f"{options['precision']}. "
         "± is the standard error over seeds.",
         f"Every arm tried the learning rates {_list(options['lr'])} and is shown at its best: the lowest training loss "
         "in the last epoch, averaged over seeds."

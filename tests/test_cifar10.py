@@ -1,6 +1,7 @@
 """CIFAR-10 in the Hub's layout, and the paper's experiment on it: every number of its table."""
 
 import io
+import json
 import math
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import weightnorm as wn
+from weightnorm import cli
 from weightnorm.compare.arms import ARMS
 from weightnorm.compare.loop import Comparison, Options
 from weightnorm.errors import UserError
@@ -286,3 +288,19 @@ def test_real_images_become_white(monkeypatch):
     assert abs(float(images.mean())) < 0.01
     assert 0.8 < float(images.std()) < 1.0  # the smallest eigenvalues, near ε, stay below 1
     assert math.isclose(float(labels.float().mean()), 4.5, abs_tol=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(os.environ.get("WEIGHTNORM_DATA", ""), "cifar10").is_dir(), reason="needs CIFAR-10")
+def test_the_command_trains_on_real_images_and_reports(monkeypatch, tmp_path, capsys):
+    monkeypatch.undo()
+    asked = "compare cifar10 --limit 500 --epochs 1 --arms plain,weight_norm --precision bf16 --device cpu --out"
+    assert cli.run([*asked.split(), str(tmp_path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Every arm ran at the learning rate of the experiment" in out
+    assert "In brackets: the paper's." in out
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert [record["arms"][name]["lr"] for name in ("plain", "weight_norm")] == [0.0003, 0.003]
+    for arm in record["arms"].values():
+        assert len(arm["runs"][0]["step_loss"]) == 5
+        assert all(math.isfinite(loss) for loss in arm["runs"][0]["step_loss"])

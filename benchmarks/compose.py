@@ -15,15 +15,27 @@ from functools import partial
 
 import torch
 from arms import WARM_UP, Case, normalised
-from report import Report, Table, chosen, common_options, milliseconds, parsed_beside_copy, progress, spread
+from report import (
+    COPY,
+    Report,
+    Table,
+    chosen,
+    common_options,
+    milliseconds,
+    parsed_beside_copy,
+    progress,
+    share_of_copy,
+    spread,
+    time_beside_copy,
+)
 from shapes import STEPPED, Build
-from timing import Arm, Failure, Stopwatch, Times, attempt, copy_arm, free_memory, time_in_turn
+from timing import Arm, Failure, Times, attempt, free_memory
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import weightnorm as wn
 
-PLAIN, TORCH, OURS, CACHED, COPY = "plain", "weight_norm", "ours", "ours, cached", "copy"
+PLAIN, TORCH, OURS, CACHED = "plain", "weight_norm", "ours", "ours, cached"
 CAPTURED = ", captured"
 Wrap = Callable[[nn.Module], object]
 
@@ -152,16 +164,13 @@ def forms_of(subject: Subject) -> dict[str, Callable[[Case], Form]]:
 
 def times_of(subject: Subject, case: Case, options: argparse.Namespace, until: float) -> dict[str, Times | Failure]:
     """Return the times of all forms, eager and on a GPU captured, and of a copy among them."""
-    arms: dict[str, Arm | Failure] = {COPY: attempt(partial(copy_arm, options.device, options.copy_bytes))}
+    arms = dict[str, Arm | Failure]()
     for name, make in forms_of(subject).items():
         form = attempt(partial(make, case))
         arms[name] = form if isinstance(form, Failure) else attempt(form.eager)
         if isinstance(form, Form) and options.device.type == "cuda" and name != PLAIN:  # in which is no kernel
             arms[name + CAPTURED] = attempt(form.captured)
-    for name, arm in arms.items():
-        if isinstance(arm, Failure):
-            progress(f"  {name}: {arm.reason}")
-    return time_in_turn(arms, Stopwatch(options.device, options.flush), options.repeats, until)
+    return time_beside_copy(arms, options, until)
 
 
 def cell(name: str, times: dict[str, Times | Failure]) -> str:
@@ -176,11 +185,8 @@ def cell(name: str, times: dict[str, Times | Failure]) -> str:
 
 def of_limit(name: str, case: Case, weights: int, times: dict[str, Times | Failure], copied: int) -> str:
     """Return an arm's speed in per cent of what the copy bandwidth allows: v in, w out; v and ∂w in, ∂v out."""
-    taken, copy = times.get(name), times.get(COPY)
-    if not isinstance(taken, Times) or not isinstance(copy, Times):
-        return "–"
     moved = 5 * weights * case.gradients[0][0].element_size()
-    return f"{100 * moved * copy.median / (2 * copied) / taken.median:.0f} %"
+    return share_of_copy(moved, times.get(name), times.get(COPY), copied)
 
 
 def measure(options: argparse.Namespace) -> None:

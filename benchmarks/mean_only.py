@@ -7,14 +7,26 @@ README.md beside this says how it is measured and how to read the tables.
 
 import argparse
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from math import prod
 
 import torch
-from compose import CAPTURED, COPY, Form
-from report import Report, Table, chosen, common_options, milliseconds, parsed_beside_copy, progress, ratio, spread
-from timing import Arm, Failure, Stopwatch, Times, attempt, copy_arm, free_memory, time_in_turn
+from compose import CAPTURED, Form
+from report import (
+    COPY,
+    Report,
+    Table,
+    chosen,
+    common_options,
+    milliseconds,
+    parsed_beside_copy,
+    progress,
+    ratio,
+    share_of_copy,
+    spread,
+    time_beside_copy,
+)
+from timing import Arm, Failure, Times, attempt, free_memory
 from torch import Tensor, nn
 
 import weightnorm as wn
@@ -73,17 +85,14 @@ class Pass(Form):
 
 def times_of(case: Case, options: argparse.Namespace, until: float) -> dict[str, Times | Failure]:
     """Return the times of both layers, eager and on a GPU captured, and of a copy among them."""
-    arms: dict[str, Arm | Failure] = {COPY: attempt(partial(copy_arm, options.device, options.copy_bytes))}
+    arms = dict[str, Arm | Failure]()
     t, grad = case.drawn(options.device), case.drawn(options.device)
     for name, make in LAYERS.items():
         done = Pass(make(t.shape[1], device=options.device), t, grad)
         arms[name] = attempt(done.eager)
         if options.device.type == "cuda":
             arms[name + CAPTURED] = attempt(done.captured)
-    for name, arm in arms.items():
-        if isinstance(arm, Failure):
-            progress(f"  {name}: {arm.reason}")
-    return time_in_turn(arms, Stopwatch(options.device, options.flush), options.repeats, until)
+    return time_beside_copy(arms, options, until)
 
 
 def cell(name: str, times: dict[str, Times | Failure]) -> str:
@@ -95,11 +104,8 @@ def cell(name: str, times: dict[str, Times | Failure]) -> str:
 
 def of_limit(name: str, case: Case, times: dict[str, Times | Failure], copied: int) -> str:
     """Return an arm's speed in per cent of what its passes take at the copy bandwidth."""
-    taken, copy = times.get(name), times.get(COPY)
-    if not isinstance(taken, Times) or not isinstance(copy, Times):
-        return "–"
     moved = PASSES[name.removesuffix(CAPTURED)] * case.nbytes
-    return f"{100 * moved * copy.median / (2 * copied) / taken.median:.0f} %"
+    return share_of_copy(moved, times.get(name), times.get(COPY), copied)
 
 
 def measure(options: argparse.Namespace) -> None:

@@ -15,12 +15,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from timing import Failure, Times
+from timing import Arm, Failure, Stopwatch, Times, attempt, copy_arm, time_in_turn
 
 import weightnorm
+
+COPY = "copy"  # the arm that measures the bandwidth
 
 UNKNOWN = "unknown"
 
@@ -140,6 +144,22 @@ def parsed_beside_copy(parser: argparse.ArgumentParser) -> argparse.Namespace:
         options.flush = on_gpu
     options.copy_bytes = options.copy_bytes or (1 << 24 if options.quick else 1 << 30 if on_gpu else 1 << 28)
     return options
+
+
+def time_beside_copy(arms: dict[str, Arm | Failure], options: argparse.Namespace, until: float) -> dict[str, Any]:
+    """Return the times of arms, and of a copy among them; say which failed."""
+    arms = {COPY: attempt(partial(copy_arm, options.device, options.copy_bytes)), **arms}
+    for name, arm in arms.items():
+        if isinstance(arm, Failure):
+            progress(f"  {name}: {arm.reason}")
+    return time_in_turn(arms, Stopwatch(options.device, options.flush), options.repeats, until)
+
+
+def share_of_copy(moved: float, taken: Times | Failure | None, copy: Times | Failure | None, copied: int) -> str:
+    """Return the speed at which bytes were moved, in per cent of that of a copy of so many."""
+    if not isinstance(taken, Times) or not isinstance(copy, Times):
+        return "–"
+    return f"{100 * moved * copy.median / (2 * copied) / taken.median:.0f} %"
 
 
 def chosen(names: str, known: Sequence[str]) -> list[str]:

@@ -14,11 +14,21 @@ from functools import partial
 
 import torch
 from arms import Case, Stepper, TorchWeightNorm, bytes_moved, state_bytes, stepper, torch_adamw
-from report import Report, Table, chosen, common_options, milliseconds, parsed_beside_copy, progress, ratio, spread
+from report import (
+    COPY,
+    Report,
+    Table,
+    chosen,
+    common_options,
+    milliseconds,
+    parsed_beside_copy,
+    progress,
+    ratio,
+    spread,
+)
 from shapes import ROW_LENGTHS, STEPPED, Build, one_matrix
 from timing import Arm, Failure, Stopwatch, Times, attempt, copy_arm, free_memory, time_in_turn
 
-COPY = "copy"
 CAPTURED = ", captured"
 PLAIN, WEIGHT_NORM, COMPILED, OURS = "plain", "weight_norm", "weight_norm, compiled", "ours"
 DEFAULT_MODELS = "hifigan,hifigan-gan,dac,convpool,resnet50,gpt2-small,llama-layer,gpt2-xl"

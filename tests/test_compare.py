@@ -11,9 +11,10 @@ from torch import nn
 from weightnorm.compare.arms import ARMS
 from weightnorm.compare.evidence import mean_ratio, spread, steps_to_reach, verdict
 from weightnorm.compare.loop import Comparison, Options
+from weightnorm.compare.models import initial_model
 from weightnorm.compare.report import write_report
 from weightnorm.compare.results import results
-from weightnorm.compare.run import Epoch, Run, Setting, initial_model
+from weightnorm.compare.run import Epoch, Run, Setting
 from weightnorm.compare.table import COLUMNS, evidence, notes, rows
 from weightnorm.tasks import TASKS, load_task
 from weightnorm.tasks.task import Schedule, Scores, Task

@@ -1,7 +1,8 @@
 """One call of a layer: what its units put out, and what the layer does once they have changed, with the same noise."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from weightnorm.data_dependent.units import PROJECTIONS, Units
+from weightnorm.data_dependent.units import PROJECTIONS, Settable, Units
 
 
 class Call:
@@ -88,3 +89,44 @@ class AttentionCall(Call):
         finally:
             own._modules["out_proj"] = last
         return heads
+
+
+Meet = Callable[[Units, Call], None]
+"""Told of units when they first run, and of the call."""
+
+
+@contextmanager
+def each_call(found: Settable, meet: Meet) -> Iterator[None]:
+    """Tell ``meet`` of each layer's units when they first run inside."""
+    met, calls = set[Units](), list[Call]()
+
+    def first(units: Units, call: Call) -> None:
+        if units not in met:
+            met.add(units)
+            meet(units, call)
+
+    with ExitStack() as hooks:
+        for layer, own in found.layers.items():
+            kind = AttentionCall if isinstance(layer, nn.MultiheadAttention) else Call
+            begin, end = partial(_begin, calls, kind), partial(_end, calls, own, first)
+            hooks.enter_context(layer.register_forward_pre_hook(begin, with_kwargs=True))
+            hooks.enter_context(layer.register_forward_hook(end, prepend=True, with_kwargs=True))
+        yield
+
+
+def _begin(
+    calls: list[Call], kind: type[Call], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    calls.append(kind(layer, args, kwargs))
+
+
+def _end(calls: list[Call], own: list[Units], meet: Meet, _: nn.Module, __: Any, ___: Any, output: Any) -> Any:
+    """Forward hook of a layer: hand on what it puts out once its units have been met."""
+    call = calls.pop()
+    call.keep(output)
+    with torch.no_grad():
+        for units in own:
+            meet(units, call)
+    # The same again where autograd is to follow, as it does in models that differentiate by their input.
+    call.is_stale = call.is_stale or (torch.is_grad_enabled() and call.result() is not output)
+    return call.result()

@@ -1,24 +1,20 @@
 """The passes over a model in which each layer is standardised on what the corrected layers before it put out."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from weightnorm.data_dependent.calls import AttentionCall, Call
+from weightnorm.data_dependent.calls import Call, Meet, each_call
 from weightnorm.data_dependent.moments import Moments, gathered, over_ranks, together
 from weightnorm.data_dependent.report import LayerReport
 from weightnorm.data_dependent.units import Settable, Units
 from weightnorm.mean_only import MeanOnlyBatchNorm
 from weightnorm.preserve import as_found, cuda_devices
 from weightnorm.scaling import show_weight, weight_in_module_form
-
-Meet = Callable[[Units, Call], None]
-"""Told of units when they first run in a pass, and of the call."""
 
 _NEAR = 0.1  # how far the standard deviation may be from the one that was set: bfloat16 has two digits
 
@@ -94,7 +90,7 @@ class Passes:
     def look(self, meet: Meet) -> None:
         """Run the model on each batch, and tell ``meet`` of all units; afterwards all but parameters is as before."""
         for number, batch in enumerate(self._batches):
-            with torch.no_grad(), as_found(self._model), _hooks(self._found, meet):
+            with torch.no_grad(), as_found(self._model), each_call(self._found, meet):
                 self._model.train(self._train)
                 self._show_means()
                 if number:  # the first has the noise that comes next
@@ -224,40 +220,3 @@ def _draw_other_noise(model: nn.Module, batch: int) -> None:
     for device in cuda_devices(model):
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
-
-
-@contextmanager
-def _hooks(found: Settable, meet: Meet) -> Iterator[None]:
-    """Tell ``meet`` of each layer's units when they first run inside."""
-    met, calls = set[Units](), list[Call]()
-
-    def first(units: Units, call: Call) -> None:
-        if units not in met:
-            met.add(units)
-            meet(units, call)
-
-    with ExitStack() as hooks:
-        for layer, own in found.layers.items():
-            kind = AttentionCall if isinstance(layer, nn.MultiheadAttention) else Call
-            begin, end = partial(_begin, calls, kind), partial(_end, calls, own, first)
-            hooks.enter_context(layer.register_forward_pre_hook(begin, with_kwargs=True))
-            hooks.enter_context(layer.register_forward_hook(end, prepend=True, with_kwargs=True))
-        yield
-
-
-def _begin(
-    calls: list[Call], kind: type[Call], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    calls.append(kind(layer, args, kwargs))
-
-
-def _end(calls: list[Call], own: list[Units], meet: Meet, _: nn.Module, __: Any, ___: Any, output: Any) -> Any:
-    """Forward hook of a layer: hand on what it puts out once its units have been met."""
-    call = calls.pop()
-    call.keep(output)
-    with torch.no_grad():
-        for units in own:
-            meet(units, call)
-    # The same again where autograd is to follow, as it does in models that differentiate by their input.
-    call.is_stale = call.is_stale or (torch.is_grad_enabled() and call.result() is not output)
-    return call.result()

@@ -1,0 +1,60 @@
+"""The model that an arm begins with."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import weightnorm as wn
+from weightnorm.compare.arms import Arm
+from weightnorm.tasks.task import Norm, Task
+
+_NORMS: dict[str | None, Norm | None] = {None: None, "mean_only": wn.MeanOnlyBatchNorm, "batch": nn.BatchNorm2d}
+
+
+def initial_model(task: Task, arm: Arm, seed: int) -> nn.Module:
+    """Return the model that an arm starts from; sets torch's random state.
+
+    Args:
+        task: makes it, and draws its weights.
+        arm: says with which norm layers and initialisation.
+        seed: decides the draw.
+
+    Returns:
+        The model. From the same seed, all arms with ``init="data"`` compute the same function on the task's
+        initialisation batch in training mode.
+    """
+    torch.manual_seed(seed)
+    model = task.model(_NORMS[arm.norm])
+    if arm.init != "torch":
+        torch.manual_seed(seed)  # again: layers with biases have drawn more than those without
+        task.draw_weights(model)
+    if arm.init == "data":
+        wn.data_init(model, task.init_batch())
+    return model
+
+
+def module_form(model: nn.Module, v_std: float, lr: float, g_lr: float | str) -> list[dict[str, Any]]:
+    """Put weight normalization into a model's layers, and begin as the optimizer form does: ``‖v‖ = v_std sqrt(k)``.
+
+    Args:
+        model: the model; changed in place, the function that it computes is not.
+        v_std: of the direction's elements.
+        lr: learning rate.
+        g_lr: multiplies it for lengths; "sqrt": by sqrt(k).
+
+    Returns:
+        Groups for the optimizer of lengths, and of the rest.
+    """
+    wn.weight_norm(model)
+    groups: list[dict[str, Any]] = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            held: Any = layer.parametrizations.weight  # type: ignore[union-attr]
+            g, v = held.original0, held.original1
+            root = (v.numel() / len(v)) ** 0.5
+            with torch.no_grad():
+                v.copy_(torch.nn.functional.normalize(v.flatten(1)).view_as(v) * v_std * root)
+            groups.append({"params": [g], "lr": lr * (root if g_lr == "sqrt" else float(g_lr))})
+    lengths = {group["params"][0] for group in groups}
+    return [{"params": [p for p in model.parameters() if p not in lengths]}, *groups]

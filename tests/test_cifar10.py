@@ -258,6 +258,15 @@ def test_optimizers_are_adam_as_in_the_paper(task):
     assert group["v_std"] == 0.05
 
 
+def test_a_fifth_of_the_training_images_may_be_held_out(task, tmp_path):
+    held = Cifar10("cpu", tmp_path / "cifar10", holdout=True)
+    assert (len(held.train[1]), len(held.test[1]), held.holdout, held.steps_per_epoch) == (480, 120, 120, 4)
+    assert torch.equal(torch.cat([held.train[0], held.test[0]]), task.train[0])
+    assert torch.equal(torch.cat([held.train[1], held.test[1]]), task.train[1])
+    limited = Cifar10("cpu", tmp_path / "cifar10", limit=500, holdout=True)
+    assert torch.equal(limited.test[0], task.train[0][400:500])
+
+
 @pytest.mark.parametrize("limit", [0, 100, 501, 50_500])
 def test_a_limit_is_a_number_of_whole_batches(limit):
     with pytest.raises(UserError, match=r"the limit must be a multiple of 500 up to 50,000; got"):

@@ -72,7 +72,10 @@ def test_help_explains_every_option_and_default(capsys):
     ("arguments", "words"),
     [
         (["mnist"], "'mnist' is not one of 'fashion', 'cifar10'"),
-        (["fashion", "--limit", "100"], "the data of fashion comes with the package; leave --data and --limit out"),
+        (
+            ["fashion", "--limit", "100"],
+            "the data of fashion comes with the package; leave --data, --limit and --holdout out",
+        ),
         (["cifar10", "--limit", "300"], "the limit must be a multiple of 500 up to 50,000; got 300"),
         (["cifar10", "--data", "/dev/null"], "cifar10: no train-*.parquet under /dev/null; name the folder"),
         (["--arms", "plain,fast"], "'fast' is not an arm; there are plain, plain_default_init"),

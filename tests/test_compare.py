@@ -1,5 +1,6 @@
 """The comparison is fair, its numbers are what they say, and whatever happens it leaves a report."""
 
+import dataclasses
 import json
 import math
 from html.parser import HTMLParser
@@ -265,6 +266,17 @@ def made_up(curves):
         run.epochs = [Epoch([loss] * 5, 10.0, 1.0, 20.0, seconds=5 * step) for loss in losses]
         comparison.runs.append(run)
     return comparison
+
+
+@pytest.mark.parametrize(("holdout", "lr"), [(0, 0.1), (10, 0.2)])
+def test_held_out_examples_choose_the_setting_and_the_test_set_does_not(monkeypatch, holdout, lr):
+    comparison = made_up({("plain", 0.1, 0): [4, 3, 2], ("plain", 0.2, 0): [4, 3, 2.5]})
+    best, other = comparison.runs[1].epochs[-1], comparison.runs[0].epochs[-1]
+    comparison.runs[1].epochs[-1] = dataclasses.replace(best, test_error=other.test_error - 1)
+    monkeypatch.setattr(Tiny, "holdout", holdout)
+    record = results(comparison, "weightnorm compare")
+    assert record["arms"]["plain"]["lr"] == lr
+    assert ("10 training examples held out" in " ".join(notes(record))) == bool(holdout)
 
 
 def test_each_arm_is_judged_at_its_best_against_plain_at_its_best():

@@ -125,6 +125,12 @@ def weightnorm(context: click.Context) -> None:
     type=click.Path(path_type=Path),
     help="Folder with the task's data in the Hub's layout.  [default: $WEIGHTNORM_DATA/<task>; else it is downloaded]",
 )
+@click.option(
+    "--holdout",
+    is_flag=True,
+    help="Score on a fifth of the training examples, in place of the test set, and let it choose each arm's best "
+    "setting.  [default: the test set, which chooses nothing]",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Train on so many examples only.  [default: all]")
 @click.option("--device", default="auto", help="'cpu', 'cuda', 'cuda:1', ...; 'auto': a GPU if there is one.")
 @click.option(

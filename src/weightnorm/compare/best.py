@@ -1,8 +1,12 @@
-"""Which of an arm's settings speaks for it: the one with the lowest final training loss, averaged over seeds."""
+"""Which of an arm's settings speaks for it: the one with the lowest final training loss, averaged over seeds.
+
+Or the lowest error on training examples held out, where there are any. Never what the test set says.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, median
 
 from weightnorm.compare.evidence import steps_to_reach, trailing_means
@@ -46,7 +50,7 @@ class Best:
         return median(times) if times else None
 
 
-def best_of(runs: Sequence[Run], settings: Sequence[Setting], epochs: int, window: int) -> Best:
+def best_of(runs: Sequence[Run], settings: Sequence[Setting], epochs: int, window: int, holdout: bool = False) -> Best:
     """Choose an arm's best setting.
 
     Args:
@@ -54,6 +58,7 @@ def best_of(runs: Sequence[Run], settings: Sequence[Setting], epochs: int, windo
         settings: its grid, not empty.
         epochs: how many epochs to compare; later ones are left out.
         window: steps an epoch.
+        holdout: choose by the error on held-out data, since it is no test set.
 
     Returns:
         The runs at that setting that have done an epoch. A setting that diverged loses to every one that did not.
@@ -62,7 +67,7 @@ def best_of(runs: Sequence[Run], settings: Sequence[Setting], epochs: int, windo
         Best(setting, {r.seed: r.epochs[:epochs] for r in runs if r.setting == setting and r.epochs}, window)
         for setting in settings
     ]
-    return min(candidates, key=_final_loss)
+    return min(candidates, key=partial(_final, measure="test_error" if holdout else "train_loss"))
 
 
 def compared_epochs(runs: Sequence[Run]) -> int:
@@ -77,6 +82,8 @@ def step_losses(epochs: Sequence[Epoch]) -> list[float]:
     return [loss for epoch in epochs for loss in epoch.step_loss]
 
 
-def _final_loss(best: Best) -> float:
-    losses = [epochs[-1].train_loss for epochs in best.histories.values()]
-    return fmean(losses) if losses and all(map(math.isfinite, losses)) else math.inf
+def _final(best: Best, measure: str) -> float:
+    """Return the mean over seeds of what the last epoch measured; infinity where a run diverged."""
+    last = [epochs[-1] for epochs in best.histories.values()]
+    diverged = not all(math.isfinite(epoch.train_loss) for epoch in last)
+    return math.inf if diverged or not last else fmean(getattr(epoch, measure) for epoch in last)

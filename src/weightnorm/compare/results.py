@@ -35,7 +35,8 @@ def results(comparison: Comparison, command: str) -> Record:
     options, task = comparison.options, comparison.task
     epochs = compared_epochs(comparison.runs)
     runs = {arm: [run for run in comparison.runs if run.arm is arm] for arm in options.arms}
-    best = {arm: best_of(runs[arm], options.settings(arm), epochs, task.steps_per_epoch) for arm in options.arms}
+    asked = epochs, task.steps_per_epoch, bool(task.holdout)
+    best = {arm: best_of(runs[arm], options.settings(arm), *asked) for arm in options.arms}
     plain = next((best[arm] for arm in options.arms if arm.name == PLAIN), None)
     record = {
         "task": task.name,
@@ -55,6 +56,7 @@ def results(comparison: Comparison, command: str) -> Record:
             "g_lr": list(options.g_lrs),
             "form": options.form,
             "precision": options.precision,
+            "holdout": task.holdout,
         },
     }
     return dict(_to_json(record))

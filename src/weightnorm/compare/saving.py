@@ -31,6 +31,7 @@ class Request:
         precision: of forward and backward, "fp32" or "bf16".
         data: where the task's data lies; None: the task knows where to look.
         limit: how many examples to train on; None: all.
+        holdout: score on training examples held out.
     """
 
     task: str
@@ -43,6 +44,7 @@ class Request:
     precision: Any = "fp32"
     data: str | None = None
     limit: int | None = None
+    holdout: bool = False
 
     def comparison(self, device: str) -> Comparison:
         """Return what is to be trained.
@@ -53,7 +55,7 @@ class Request:
         Raises:
             UserError: if the data cannot be used, or an arm has no learning rate.
         """
-        task = load_task(self.task, device, Path(self.data) if self.data else None, self.limit)
+        task = load_task(self.task, device, Path(self.data) if self.data else None, self.limit, self.holdout)
         unknown = [name for name in self.arms if name not in task.rates]
         if unknown and not self.lrs:
             names = ", ".join(unknown)

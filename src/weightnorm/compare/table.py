@@ -34,10 +34,7 @@ def notes(results: Record) -> list[str]:
         f"{seeds} seed{'s' * (seeds > 1)}, on {results['device']}, torch {results['versions']['torch']}, "
         f"{options['precision']}. "
         "± is the standard error over seeds.",
-        f"Every arm tried the learning rates {_list(options['lr'])} and is shown at its best: the lowest training loss "
-        "in the last epoch, averaged over seeds."
-        if options["lr"]
-        else "Every arm ran at the learning rate of the experiment, its best there.",
+        _choice(options),
         "Steps and seconds are those to plain's mean training loss over its last epoch, seed by seed: until an arm's "
         "own mean over an epoch's worth of steps is no higher. In brackets: 95 % interval. Step time is in plain's.",
     ]
@@ -49,6 +46,17 @@ def notes(results: Record) -> list[str]:
     if not results["finished"]:
         lines.append(f"It was interrupted: {options['epochs']} epochs and {options['seeds']} seeds were asked for.")
     return lines
+
+
+def _choice(options: Record) -> str:
+    """Say how each arm came by its learning rate."""
+    if not options["lr"]:
+        return "Every arm ran at the learning rate of the experiment, its best there."
+    by = "the lowest training loss in the last epoch"
+    if options["holdout"]:
+        by = f"the lowest error on {options['holdout']:,} training examples held out (here called test) at the end"
+    tried = _list(options["lr"])
+    return f"Every arm tried the learning rates {tried} and is shown at its best: {by}, averaged over seeds."
 
 
 def evidence(results: Record) -> str:

@@ -41,7 +41,9 @@ TASKS = {
 }
 
 
-def load_task(name: str, device: str = "cpu", folder: Path | None = None, limit: int | None = None) -> "Task":
+def load_task(
+    name: str, device: str = "cpu", folder: Path | None = None, limit: int | None = None, holdout: bool = False
+) -> "Task":
     """Make a task by name, its data on a device.
 
     Args:
@@ -49,6 +51,7 @@ def load_task(name: str, device: str = "cpu", folder: Path | None = None, limit:
         device: where its data and models live, as torch spells it. Default "cpu".
         folder: where its data lies, if it does not come with the package; None: the task knows where to look.
         limit: how many examples it trains on; None: all.
+        holdout: score it on training examples held out, in place of the test set.
 
     Returns:
         The task.
@@ -62,8 +65,8 @@ def load_task(name: str, device: str = "cpu", folder: Path | None = None, limit:
         80
     """
     module, _, cls = TASKS[name].home.partition(":")
-    if not TASKS[name].has_folder and (folder or limit):
-        raise UserError(f"the data of {name} comes with the package; leave --data and --limit out")
-    options = {"folder": folder, "limit": limit} if TASKS[name].has_folder else {}
+    if not TASKS[name].has_folder and (folder or limit or holdout):
+        raise UserError(f"the data of {name} comes with the package; leave --data, --limit and --holdout out")
+    options = {"folder": folder, "limit": limit, "holdout": holdout} if TASKS[name].has_folder else {}
     task: Task = getattr(import_module(module), cls)(device, **options)
     return task

@@ -89,6 +89,7 @@ class Cifar10(Classification):
         device: where.
         folder: the data set in the Hub's layout; None: ``$WEIGHTNORM_DATA/cifar10``, or it is downloaded.
         limit: train on so many images, and score on a fifth as many; None: on all. Whitening is fitted on all.
+        holdout: score on a fifth of the training images, in place of the test images, and train on the others.
 
     Raises:
         UserError: if the data is missing or damaged, or the limit not a multiple of the batch size in range.
@@ -99,19 +100,28 @@ class Cifar10(Classification):
     rates: ClassVar[Mapping[str, float]] = RATES
     paper: ClassVar[Paper | None] = PAPER
 
-    def __init__(self, device: torch.device | str = "cpu", folder: Path | None = None, limit: int | None = None):
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        folder: Path | None = None,
+        limit: int | None = None,
+        holdout: bool = False,
+    ):
         super().__init__(device)
-        sizes, step = DATA.sizes, 5 * self.batch_size
-        if limit is not None:
-            if not (step <= limit <= sizes["train"] and limit % step == 0):
-                raise UserError(f"the limit must be a multiple of {step} up to {sizes['train']:,}; got {limit:,}")
-            sizes = {"train": limit, "test": limit // 5}
+        every, step = DATA.sizes["train"], 5 * self.batch_size
+        size = every if limit is None else limit
+        if limit is not None and not (step <= size <= every and size % step == 0):
+            raise UserError(f"the limit must be a multiple of {step} up to {every:,}; got {limit:,}")
         data = DATA.load(folder)
         whiten = Whitening.fitted(data["train_images"], WHITENING, self.device)
-        self.train, self.test = (
-            (whiten(data[f"{split}_images"][:size]), data[f"{split}_labels"][:size].to(self.device))
-            for split, size in sizes.items()
-        )
+        fifth = size // 5
+        self.holdout = fifth if holdout else 0
+        self.train = self._part(data, whiten, "train", slice(size - self.holdout))
+        scored = ("train", slice(size - fifth, size)) if holdout else ("test", slice(fifth))
+        self.test = self._part(data, whiten, *scored)
+
+    def _part(self, data: dict[str, Tensor], whiten: Whitening, split: str, which: slice) -> tuple[Tensor, Tensor]:
+        return whiten(data[f"{split}_images"][which]), data[f"{split}_labels"][which].to(self.device)
 
     def model(self, norm: Norm | None = None) -> nn.Module:
         """Return ConvPool-CNN-C as the paper changed it: noise for the first dropout, 192 units, 2 x 2 pools."""

@@ -72,6 +72,7 @@ class Task(ABC):
         v_std: the standard deviation from which the experiment draws ``v``. Default 0.05, the paper's.
         rates: the experiment's learning rate in each arm, by the arm's name; where none is known, the user says.
         paper: what the paper reports of the experiment, if it is one of a paper's.
+        holdout: how many training examples it is scored on in place of the test set, to choose settings by; 0: none.
 
     Args:
         device: where data and models live.
@@ -81,6 +82,7 @@ class Task(ABC):
     v_std: ClassVar[float] = 0.05
     rates: ClassVar[Mapping[str, float]] = MappingProxyType({})
     paper: ClassVar[Paper | None] = None
+    holdout: int = 0
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)

@@ -25,8 +25,8 @@ class MeanOnlyBatchNorm(nn.Module):
     In training over several processes (``torch.distributed``) the mean is that of all their batches, each example
     counting once, as in torch's SyncBatchNorm: one all-reduce of C + 1 numbers forward, one of C backward. Every
     process must take part; one without examples calls the layer on an empty batch. The bias's gradient is the process's
-    own, for DistributedDataParallel to average. ``torch.func`` and forward-mode differentiation need ``sync=False``
-    there.
+    own, for DistributedDataParallel to average. There ``torch.compile`` breaks its graph at the layer, and
+    ``torch.func`` and forward-mode differentiation need ``sync=False``.
 
     Args:
         num_features: number of channels C, the size of axis 1.
@@ -120,7 +120,8 @@ class MeanOnlyBatchNorm(nn.Module):
         """
         self._check(input)
         if self.training or self.running_mean is None:
-            out, mean = centre(input, self.bias, self._group())
+            group = self._group()
+            out, mean = centre(input, self.bias) if group is None else _centre_together(input, self.bias, group)
             self._track(mean)
             return out
         return shifted(input, shift_of(self.bias, self.running_mean))
@@ -164,3 +165,8 @@ class MeanOnlyBatchNorm(nn.Module):
             )
         if not input.is_floating_point():
             raise TypeError(f"input must be floating point; got {input.dtype}. Convert it first, to float32 say")
+
+
+# Some versions of torch trace the all-reduce into a graph with wrong results, and without a word. (This is what
+# torch.compiler.disable does, without importing the compiler.)
+_centre_together = torch._disable_dynamo(centre)

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from weightnorm.mean_only.centre import centre, shift_of, shifted
 
@@ -169,4 +170,4 @@ class MeanOnlyBatchNorm(nn.Module):
 
 # Some versions of torch trace the all-reduce into a graph with wrong results, and without a word. (This is what
 # torch.compiler.disable does, without importing the compiler.)
-_centre_together = torch._disable_dynamo(centre)
+_centre_together = _disable_dynamo(centre)

@@ -310,6 +310,25 @@ def test_data_init_on_the_gpu_hands_on_what_the_next_pass_will(several):
         torch.testing.assert_close(net(x), outputs[-1])
 
 
+class ByKeyword(nn.Module):
+    """Attention with dropout, called by keyword alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, 0.3, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(query=x, key=x, value=x)[0]
+
+
+def test_data_init_replays_the_noise_of_calls_by_keyword():
+    net, outputs = ByKeyword().cuda(), []
+    x = torch.randn(7, 5, 8, device="cuda")
+    with net.register_forward_hook(lambda net, args, output: outputs.append(output)):
+        wn.data_init(net, x)
+    torch.testing.assert_close(net(x), outputs[-1])
+
+
 @pytest.mark.parametrize("form", ["optimizer", "module"])
 @pytest.mark.parametrize("arm", ["plain", "weight_norm", "weight_norm_mean_only", "batch_norm"])
 def test_a_comparisons_recorded_steps_are_its_eager_ones(arm, form):

@@ -25,7 +25,7 @@ class Call:
 
     def __init__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self._layer, self._args, self._kwargs = layer, args, kwargs
-        self._random = torch.get_rng_state(), *get_device_states(*args)
+        self._random = torch.get_rng_state(), *get_device_states(*args, *kwargs.values())
         self._result: Any = None
         self.is_stale = True  # the weights are others than those that the result was computed with
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm as TorchHook
 
@@ -80,12 +80,11 @@ def _entry(
     include: Sequence[Choice],
 ) -> Entry:
     name = uses[0][0]
-    if nn.parameter.is_lazy(parameter):
-        raise ValueError(f"{name} has no shape yet; run one batch through the model before building the optimizer")
-    axis, reason = _treatment(parameter, uses, any(_chosen(use, include) for use in uses))
-    if axis and any(_chosen(use, skip) for use in uses):
+    refuse_lazy([(name, parameter)], "through the model before building the optimizer")
+    axis, reason = _treatment(parameter, uses, any(is_chosen(use, include) for use in uses))
+    if axis and any(is_chosen(use, skip) for use in uses):
         axis, reason = None, "skipped"
-    decays = not any(_chosen(use, no_decay) for use in uses)
+    decays = not any(is_chosen(use, no_decay) for use in uses)
     return Entry(name, parameter, axis, reason, decays, tuple(uses))
 
 
@@ -116,7 +115,7 @@ def _checked(what: str, choices: Choice | Sequence[Choice], owners: Iterable[lis
     choices = [choices] if isinstance(choices, str | type) else list(choices)
     uses = [use for found in owners for use in found]
     for choice in choices:
-        if isinstance(choice, str) and not any(_chosen(use, [choice]) for use in uses):
+        if isinstance(choice, str) and not any(is_chosen(use, [choice]) for use in uses):
             names = ", ".join(name for name, _ in uses[:4])
             raise ValueError(
                 f"{what}={choice!r} matches no parameter; names are {names}, ... and * stands for anything"
@@ -124,10 +123,17 @@ def _checked(what: str, choices: Choice | Sequence[Choice], owners: Iterable[lis
     return choices
 
 
-def _chosen(use: Use, choices: Sequence[Choice]) -> bool:
+def is_chosen(use: Use, choices: Sequence[Choice]) -> bool:
     """Say whether a use is meant by one of the choices: its name matches, or its layer is of the type."""
     name, module = use
     return any(fnmatchcase(name, c) if isinstance(c, str) else isinstance(module, c) for c in choices)
+
+
+def refuse_lazy(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Raise ValueError if a named tensor has no shape yet, as in lazy layers; say where a batch is to run."""
+    for name, tensor in tensors:
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"{name} has no shape yet; run one batch {where}")
 
 
 def name_of(path: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from weightnorm.data_dependent.units import Settable, Units
-from weightnorm.survey import Choice
+from weightnorm.survey import Choice, is_chosen
 
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -56,15 +56,11 @@ def chosen_units(found: Settable, choices: Choice | Sequence[Choice], what: str)
     choices = [choices] if isinstance(choices, str | type) else choices
     if not isinstance(choices, Sequence) or not all(isinstance(choice, str | type) for choice in choices):
         raise TypeError(f"{what} must be a pattern of names, a type of layer, or a list of these; got {choices!r}")
-    names = [units.name for units in found.units()]
+    uses = {units: (units.name, layer) for layer, several in found.layers.items() for units in several}
+    names = [name for name, _ in uses.values()]
     for choice in choices:
         if isinstance(choice, str) and not any(fnmatchcase(name, choice) for name in [*names, *found.left_out]):
             raise ValueError(
                 f"{what}: {choice!r} matches no layer; names are {', '.join(names[:4])}, ... and * stands for anything"
             )
-    return [
-        units
-        for layer, several in found.layers.items()
-        for units in several
-        if any(fnmatchcase(units.name, one) if isinstance(one, str) else isinstance(layer, one) for one in choices)
-    ]
+    return [units for units, use in uses.items() if is_chosen(use, choices)]

@@ -9,17 +9,18 @@ from torch import Tensor, nn
 
 from weightnorm.data_dependent.calls import Call
 from weightnorm.data_dependent.units import Units
+from weightnorm.layers.computed import writes_to
 from weightnorm.mean_only import MeanOnlyBatchNorm
 
 NORMS = nn.modules.batchnorm._BatchNorm | MeanOnlyBatchNorm
-_MARK = "_weightnorm_units"  # on a tensor: whose output it is, and its version then
+_MARK = "_weightnorm_units"  # on a tensor: whose output it is, and how often it had been written to then
 
 
 def mark(units: Units, call: Call) -> None:
     """Mark what units put out as theirs, for ``watching``."""
     for t in call.put_out(units):
         if isinstance(t, Tensor):
-            setattr(t, _MARK, (units, _version(t)))
+            setattr(t, _MARK, (units, writes_to(t)))
 
 
 @contextmanager
@@ -34,10 +35,6 @@ def watching(model: nn.Module) -> Iterator[dict[Units, nn.Module]]:
 
 
 def _take_in(feeds: dict[Units, nn.Module], norm: nn.Module, args: tuple[Any, ...]) -> None:
-    units, version = getattr(args[0], _MARK, (None, None)) if args else (None, None)
-    if units is not None and _version(args[0]) == version:
+    units, writes = getattr(args[0], _MARK, (None, None)) if args else (None, None)
+    if units is not None and writes_to(args[0]) == writes:
         feeds.setdefault(units, norm)
-
-
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version

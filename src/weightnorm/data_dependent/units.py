@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from weightnorm.axes import Axis, output_axis
 from weightnorm.data_dependent.moments import Moments, moments_of, side_by_side
 from weightnorm.scaling import scale_units, weight_in_module_form
-from weightnorm.survey import name_of
+from weightnorm.survey import name_of, refuse_lazy
 
 PROJECTIONS = "q_proj_weight", "k_proj_weight", "v_proj_weight"  # of attention whose keys or values have another size
 
@@ -144,9 +143,9 @@ def find_units(model: nn.Module) -> Settable:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"data_init takes a module; got {type(model).__name__}. Put several models in a ModuleList")
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if is_lazy(tensor):
-            raise ValueError(f"{name} has no shape yet; run one batch through the model before initialising it")
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    refuse_lazy(tensors, "through the model before initialising it")
+    for name, tensor in tensors:
         if tensor.is_meta:
             raise ValueError(f"{name} has no values yet, being on the meta device; materialise the model first")
     lasts = {part.out_proj for part in model.modules() if isinstance(part, nn.MultiheadAttention)}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from weightnorm.layers.apart import compose_apart
-from weightnorm.layers.computed import writes_counted
+from weightnorm.layers.computed import writes_counted, writes_to
 from weightnorm.layers.parametrization import CACHED, Cached, WeightNorm
 
 
@@ -89,4 +89,4 @@ def _tensors(held: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
 def _marks(held: list[Any]) -> list[tuple[int, int, int]]:
     """Return what tells whether a tensor was written to, replaced, or given other memory."""
     tensors = chain(*_tensors(held))
-    return [(id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    return [(id(tensor), tensor.data_ptr(), writes_to(tensor)) for tensor in tensors]

@@ -89,6 +89,11 @@ class ComputedWeight(Tensor):
             return self.detach().clone().requires_grad_(self.requires_grad)
 
 
+def writes_to(tensor: Tensor) -> int:
+    """Return how often a tensor has been written to, as far as torch counts; it does not in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def writes_counted() -> AbstractContextManager[None]:
     """Return a context in which tensors are made that count the writes to them, as those of inference mode do not."""
     return _out_of_inference() if torch.is_inference_mode_enabled() else nullcontext()

@@ -11,7 +11,7 @@ from weightnorm.axes import Axis, output_axis
 from weightnorm.formula import Dim
 from weightnorm.layers import loading
 from weightnorm.layers.parametrization import WeightNorm, attach
-from weightnorm.survey import Choice, Use, last_part, survey
+from weightnorm.survey import Choice, Use, last_part, refuse_lazy, survey
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -107,9 +107,10 @@ def _has(module: nn.Module, name: str) -> bool:
             "(weightnorm.remove_weight_norm, torch.nn.utils.parametrize.remove_parametrizations)"
         )
     weight = module._parameters.get(name, module._buffers.get(name))
-    if weight is not None and nn.parameter.is_lazy(weight):
-        raise ValueError(f"{name} has no shape yet; run one batch through the layer first")
-    return weight is not None
+    if weight is None:
+        return False
+    refuse_lazy([(name, weight)], "through the layer first")
+    return True
 
 
 def _weights_of(model: nn.Module, name: str, skip: Choice | Sequence[Choice]) -> Sequence[Sequence[Use]]:

@@ -11,11 +11,11 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from weightnorm.mean_only.tracing import Dense, Flow, Layer, Norm
 from weightnorm.scaling import weight_in_module_form
+from weightnorm.survey import refuse_lazy
 
 _HOLDERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
@@ -78,9 +78,7 @@ def warn_of(left: Mapping[str, str], of: int, what: str, most: int = 4) -> None:
 
 
 def _refuse(model: nn.Module) -> None:
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if is_lazy(tensor):
-            raise ValueError(f"{name} has no shape yet; run one batch through the model first")
+    refuse_lazy(chain(model.named_parameters(), model.named_buffers()), "through the model first")
     wrappers = [kind.__name__ for module in model.modules() for kind in type(module).__mro__]
     for wrapper in _HOLDERS:
         if wrapper in wrappers:

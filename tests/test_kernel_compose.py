@@ -453,11 +453,11 @@ def test_the_second_launch_calls_the_compiled_kernel_with_the_same_arguments():
 
 def test_what_the_kernels_take(monkeypatch):
     v, g, axis, _ = example("matrix")
-    assert not compose.takes(v, g, axis)  # on a CPU
+    assert not compose.one(v, g, axis)  # on a CPU
     monkeypatch.setattr(compose, "HOMES", {"cpu"})
     for name in ZOO:
         v, g, axis, _ = example(name)
-        assert compose.takes(v, g, axis), name
+        assert compose.one(v, g, axis), name
     v, g, axis, _ = example("matrix")
     refused = {
         "complex": (v.to(torch.complex64), g, axis),
@@ -471,10 +471,10 @@ def test_what_the_kernels_take(monkeypatch):
         "lengths of another axis": (v, g, Axis(1)),
         "elsewhere": (v, g.to("meta"), axis),
     }
-    assert [name for name, one in refused.items() if compose.takes(*one)] == []
+    assert [name for name, one in refused.items() if compose.one(*one)] == []
     forget()
     monkeypatch.setattr(compose.importlib.util, "find_spec", lambda name: None)
-    assert not compose.takes(v, g, axis)
+    assert not compose.one(v, g, axis)
 
 
 def kind(shape, axis, dtype=torch.float32, aligned=True):

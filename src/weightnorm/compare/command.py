@@ -43,7 +43,6 @@ def compare_and_report(request: Request, folder: Path, device: str, minutes: flo
         UserError: before any training, if the device, the data or the folder cannot be used.
     """
     comparison = request.comparison(usable_device(device))
-    make_writable(folder)
     return _finish(request, comparison, folder, minutes, every)
 
 
@@ -60,6 +59,7 @@ def resume_and_report(folder: Path, device: str, minutes: float | None, every: i
 
 
 def _finish(request: Request, comparison: Comparison, folder: Path, minutes: float | None, every: int) -> int:
+    make_writable(folder)
     interrupted = not train(comparison, Keeper(folder, request, comparison, every, minutes))
     if comparison.finished:
         (folder / NAME).unlink(missing_ok=True)

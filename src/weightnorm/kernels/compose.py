@@ -24,17 +24,6 @@ HOMES = {"cuda"}  # the devices whose tensors the kernels take; under Triton's i
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
-def takes(v: Tensor, g: Tensor, axis: Axis) -> bool:
-    """Say whether the kernels can take a weight.
-
-    Args:
-        v: the direction.
-        g: its lengths, one a vector.
-        axis: where the vectors lie.
-    """
-    return one(v, g, axis) is not None
-
-
 def one(v: Tensor, g: Tensor, axis: Axis) -> "Alone | None":
     """Return what composes a weight, and pulls its gradients back; None where the kernels cannot take it.
 

@@ -36,7 +36,7 @@ class Whitening:
             device: where it is computed, in float64 (``epsilon`` may be less than float32's rounding of the largest
                 eigenvalue), and where it stays.
         """
-        key = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
+        key = hashlib.sha256(images.numpy().data).hexdigest()[:16]
         arrays = cached(f"zca-{key}-{epsilon:g}", lambda: _fit(images, epsilon, device))
         return cls(*(torch.from_numpy(arrays[name]).to(device) for name in ("mean", "matrix")))
 

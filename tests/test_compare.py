@@ -14,7 +14,7 @@ from weightnorm.compare.evidence import mean_ratio, spread, steps_to_reach, verd
 from weightnorm.compare.loop import Comparison, Options
 from weightnorm.compare.models import initial_model
 from weightnorm.compare.report import write_report
-from weightnorm.compare.results import results
+from weightnorm.compare.results import device_name, results
 from weightnorm.compare.run import Epoch, Run, Setting
 from weightnorm.compare.table import COLUMNS, evidence, notes, rows
 from weightnorm.tasks import TASKS, load_task
@@ -110,6 +110,12 @@ def test_without_learning_rates_each_arm_has_the_tasks_own():
     comparison = Comparison(Tiny(), options(["plain", "weight_norm"], 1, (), rates=rates))
     comparison.train()
     assert [run.setting.lr for run in comparison.runs] == [0.01, 0.02]
+
+
+def test_of_a_gpu_the_arithmetic_is_told_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    assert device_name(torch.device("cuda")) == "cuda (a GPU, TF32 convolutions, deterministic)"
 
 
 # The arms

@@ -126,6 +126,19 @@ def test_options_beside_resume_are_refused(capsys):
     assert "leave TASK, --lr out" in capsys.readouterr().err.replace("task,", "TASK,")
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_cudnn_is_told_and_told_again_on_resume(tmp_path, monkeypatch, deterministic):
+    cudnn = torch.backends.cudnn
+    for name in ("deterministic", "benchmark"):
+        monkeypatch.setattr(cudnn, name, getattr(cudnn, name))  # put back in the end
+    request = Request(**(vars(REQUEST) | {"deterministic": deterministic}))
+    command.compare_and_report(request, tmp_path, "cpu", 0.0, 100)
+    assert (cudnn.deterministic, cudnn.benchmark) == (deterministic, not deterministic)
+    cudnn.deterministic = not deterministic
+    command.resume_and_report(tmp_path, "cpu", None, 100)
+    assert cudnn.deterministic == deterministic
+
+
 @pytest.mark.slow
 def test_a_killed_comparison_loses_an_interval_at_most(tmp_path):
     def run(*arguments):

@@ -134,6 +134,12 @@ def weightnorm(context: click.Context) -> None:
 @click.option("--limit", type=click.IntRange(min=1), help="Train on so many examples only.  [default: all]")
 @click.option("--device", default="auto", help="'cpu', 'cuda', 'cuda:1', ...; 'auto': a GPU if there is one.")
 @click.option(
+    "--deterministic",
+    is_flag=True,
+    help="On a GPU, use cuDNN's deterministic algorithms, so that --resume goes on to the last bit there too.  "
+    "[default: the fastest]",
+)
+@click.option(
     "--max-minutes", type=click.FloatRange(min=0), help="Pause after so many; go on with --resume.  [default: never]"
 )
 @click.option(

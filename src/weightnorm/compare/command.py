@@ -60,6 +60,8 @@ def resume_and_report(folder: Path, device: str, minutes: float | None, every: i
 
 def _finish(request: Request, comparison: Comparison, folder: Path, minutes: float | None, every: int) -> int:
     make_writable(folder)
+    torch.backends.cudnn.deterministic = request.deterministic
+    torch.backends.cudnn.benchmark = not request.deterministic  # batches keep their shape
     interrupted = not train(comparison, Keeper(folder, request, comparison, every, minutes))
     if comparison.finished:
         (folder / NAME).unlink(missing_ok=True)

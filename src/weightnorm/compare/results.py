@@ -65,7 +65,9 @@ def results(comparison: Comparison, command: str) -> Record:
 def device_name(device: torch.device) -> str:
     """Return what ran, for a reader of the numbers."""
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
+        cudnn = torch.backends.cudnn
+        how = ["TF32 convolutions"] * cudnn.allow_tf32 + ["deterministic"] * cudnn.deterministic
+        return f"{device} ({', '.join([torch.cuda.get_device_name(device), *how])})"
     threads = torch.get_num_threads()
     return f"{device} ({platform.machine()}, {threads} thread{'s' * (threads > 1)})"
 

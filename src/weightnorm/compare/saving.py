@@ -32,6 +32,7 @@ class Request:
         data: where the task's data lies; None: the task knows where to look.
         limit: how many examples to train on; None: all.
         holdout: score on training examples held out.
+        deterministic: on a GPU, let cuDNN take none but its deterministic algorithms; else the fastest it finds.
     """
 
     task: str
@@ -45,6 +46,7 @@ class Request:
     data: str | None = None
     limit: int | None = None
     holdout: bool = False
+    deterministic: bool = False
 
     def comparison(self, device: str) -> Comparison:
         """Return what is to be trained.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from weightnorm.optim import Adam as Adam
     from weightnorm.optim import Adamax as Adamax
     from weightnorm.optim import AdamW as AdamW
+    from weightnorm.optim import clip_grad_norm_ as clip_grad_norm_
     from weightnorm.optim import from_module_form as from_module_form
     from weightnorm.optim import param_groups as param_groups
     from weightnorm.optim import wrap as wrap
@@ -36,6 +37,7 @@ _HOME = {
     "wrap": "optim",
     "param_groups": "optim",
     "from_module_form": "optim",
+    "clip_grad_norm_": "optim",
     "register_axis": "axes",
     "data_init": "data_dependent",
     "weight_norm": "layers",

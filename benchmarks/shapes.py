@@ -143,6 +143,36 @@ def text(length: int, size: int) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
+class Bound(nn.Module):
+    """A generative model of the paper's, to the loss of each image."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(self.model(x))
+
+
+def digits(size: int) -> tuple[Tensor, Tensor]:
+    """Return random black and white images, and nothing to predict."""
+    return torch.bernoulli(torch.full((size, 1, 28, 28), 0.2)), torch.zeros(size)
+
+
+def draw() -> nn.Module:
+    """Return DRAW as the paper trained it."""
+    from weightnorm.tasks.draw.network import Draw
+
+    return Bound(Draw())
+
+
+def vae() -> nn.Module:
+    """Return the paper's variational autoencoder of MNIST."""
+    from weightnorm.tasks.vae.resnet import ConvolutionalVAE
+
+    return Bound(ConvolutionalVAE())
+
+
 def tiny_batch(size: int) -> tuple[Tensor, Tensor]:
     """Return inputs and labels for ``Tiny``."""
     return torch.randn(size, 8, 16), torch.randint(10, (size,))
@@ -156,5 +186,7 @@ TRAINED: dict[str, Training] = {
     "resnet50": Training(
         "ResNet-50, {} images of 224 x 224", ResNet50, 64, partial(images, 1000, 224), F.cross_entropy
     ),
+    "draw": Training("DRAW, 64 glimpses at {} digits", draw, 100, digits, lambda losses, _: losses.mean()),
+    "vae": Training("convolutional VAE, {} digits", vae, 100, digits, lambda losses, _: losses.mean()),
     "tiny": Training("tiny, {} examples", Tiny, 4, tiny_batch, F.cross_entropy),
 }

@@ -20,7 +20,10 @@ from shapes import TRAINED, Training
 from timing import Arm, Failure, Stopwatch, Times, attempt, free_memory, time_in_turn
 from torch import nn
 
+import weightnorm as wn
+
 PLAIN, WEIGHT_NORM, OURS, NO_MASTER = "plain", "weight_norm", "ours", "ours, no master"
+MODULE, CACHED = "ours, module form", "module form, cached"
 PRECISIONS = {
     "fp32": "float32 throughout",
     "tf32": "float32, matrix products in TensorFloat32",
@@ -40,6 +43,7 @@ class Case:
         precision: one of ``PRECISIONS``.
         compiled: whether the model goes through torch.compile.
         device: where it is trained.
+        module_form: whether our module form is among the arms.
     """
 
     training: Training
@@ -47,6 +51,7 @@ class Case:
     precision: str
     compiled: bool
     device: torch.device
+    module_form: bool = False
 
     def title(self) -> list[str]:
         """Return its cells in a table."""
@@ -59,9 +64,10 @@ class Trainer:
     Args:
         case: what is trained.
         prepare: takes the fresh model and returns its optimizer.
+        cached: compute weights from (v, g) once for the whole step.
     """
 
-    def __init__(self, case: Case, prepare: Callable[[nn.Module], torch.optim.Optimizer]):
+    def __init__(self, case: Case, prepare: Callable[[nn.Module], torch.optim.Optimizer], cached: bool = False):
         dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
         torch.manual_seed(0)
         with case.device:
@@ -73,13 +79,15 @@ class Trainer:
         self._model = torch.compile(model, fullgraph=True) if case.compiled else model
         self._loss = case.training.loss
         autocast = partial(torch.autocast, case.device.type, torch.bfloat16)
+        self._around = partial(wn.cached, model) if cached else nullcontext
         self._cast = autocast if case.precision == "autocast" else nullcontext
 
     def step(self) -> None:
         """Take one training step; no gradients are left, which would only take memory from the other arms."""
-        with self._cast():
-            loss = self._loss(self._model(self._inputs).float(), self._targets)
-        loss.backward()
+        with self._around():
+            with self._cast():
+                loss = self._loss(self._model(self._inputs).float(), self._targets)
+            loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
 
@@ -96,13 +104,23 @@ def with_torch_weight_norm(model: nn.Module) -> torch.optim.Optimizer:
     return torch_adamw(model)
 
 
+def with_module_form(model: nn.Module) -> torch.optim.Optimizer:
+    """Put our module form on the model; return torch's fused AdamW on (v, g) and what is plain."""
+    wn.weight_norm(model)
+    return torch_adamw(model)
+
+
 def contenders(case: Case) -> dict[str, Callable[[], Trainer]]:
-    """Return what makes each arm's trainer; torch's weight_norm last, which needs the most memory and may fail."""
+    """Return what makes each arm's trainer; the module forms last, which need the most memory and may fail."""
     prepare = {PLAIN: torch_adamw, OURS: our_adamw}
     if case.precision == "bf16":
         prepare[NO_MASTER] = partial(our_adamw, stochastic_rounding=True)
     prepare[WEIGHT_NORM] = with_torch_weight_norm
-    return {name: partial(Trainer, case, make) for name, make in prepare.items()}
+    trainers = {name: partial(Trainer, case, make) for name, make in prepare.items()}
+    if case.module_form:
+        trainers |= {MODULE: partial(Trainer, case, with_module_form)}
+        trainers |= {CACHED: partial(Trainer, case, with_module_form, cached=True)}
+    return trainers
 
 
 def peak_memory(make: Callable[[], Trainer], device: torch.device) -> int:
@@ -157,7 +175,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     names = chosen(options.models, list(TRAINED))
     precisions = chosen(options.precision, list(PRECISIONS))
     return [
-        Case(TRAINED[name], options.batch or TRAINED[name].size, kind, compiled, options.device)
+        Case(TRAINED[name], options.batch or TRAINED[name].size, kind, compiled, options.device, options.module_form)
         for name in names
         for kind in precisions
         for compiled in ((False, True) if options.compile else (False,))
@@ -167,6 +185,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
 def tables_of(cases: list[Case], options: argparse.Namespace) -> list[Table]:
     """Return the three tables, empty."""
     names = [PLAIN, WEIGHT_NORM, OURS, *([NO_MASTER] if any(case.precision == "bf16" for case in cases) else [])]
+    names += [MODULE, CACHED] if options.module_form else []
     used = [f"{name}: {PRECISIONS[name]}" for name in dict.fromkeys(case.precision for case in cases)]
     note = f"Forward, backward and optimizer step, {options.in_a_row} in a row without waiting; the time of one, in "
     note += f"brackets the ratio to plain's. {'; '.join(used)}."
@@ -226,6 +245,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--models", default="convpool,hifigan,gpt2-small,resnet50", help=f"of {', '.join(TRAINED)}")
     parser.add_argument("--precision", default="fp32", help=f"of {', '.join(PRECISIONS)}")
     parser.add_argument("--compile", action="store_true", help="also with the model compiled; takes minutes")
+    parser.add_argument("--module-form", action="store_true", help="also our module form, alone and in wn.cached")
     parser.add_argument("--batch", type=int, help="examples of a batch; None: the model's own")
     parser.add_argument("--in-a-row", type=int, default=3, help="steps of one measurement")
     options = parser.parse_args()

@@ -195,13 +195,14 @@ def test_step_reports_bfloat16(tmp_path):
 
 @pytest.mark.slow
 def test_train_step_reports_time_and_memory(tmp_path):
-    text = run("train_step.py", "--quick", "--precision", "fp32,bf16", out=tmp_path)
+    text = run("train_step.py", "--quick", "--precision", "fp32,bf16", "--module-form", out=tmp_path)
     rows = table(text, "A training step")
     assert [(row["model"], row["precision"], row["mode"]) for row in rows] == [
         ("tiny, 4 examples", "fp32", "eager"),
         ("tiny, 4 examples", "bf16", "eager"),
     ]
-    assert all(ratio(row[arm]) > 0 for row in rows for arm in ("weight_norm", "ours"))
+    forms = "ours", "ours, module form", "module form, cached"
+    assert all(ratio(row[arm]) > 0 for row in rows for arm in ("weight_norm", *forms))
     assert ratio(rows[1]["ours, no master"]) > 0
     assert rows[0]["ours, no master"] == "–"
     assert "Not measured on a CPU." in text

@@ -1,6 +1,5 @@
 """The comparison is fair, its numbers are what they say, and whatever happens it leaves a report."""
 
-import dataclasses
 import json
 import math
 from html.parser import HTMLParser
@@ -9,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import weightnorm as wn
 from weightnorm.compare.arms import ARMS
 from weightnorm.compare.evidence import mean_ratio, spread, steps_to_reach, verdict
 from weightnorm.compare.loop import Comparison, Options
@@ -16,18 +16,21 @@ from weightnorm.compare.models import initial_model
 from weightnorm.compare.report import write_report
 from weightnorm.compare.results import device_name, results
 from weightnorm.compare.run import Epoch, Run, Setting
-from weightnorm.compare.table import COLUMNS, evidence, notes, rows
+from weightnorm.compare.table import columns, evidence, notes, rows
 from weightnorm.tasks import TASKS, load_task
-from weightnorm.tasks.task import Schedule, Scores, Task
+from weightnorm.tasks.task import Measure, Schedule, Task
 
 DEFAULT_ARMS = TASKS["fashion"].arms
-KEYS = {"task", "paper", "command", "device", "versions", "seeds", "arms", "options", "finished"}
+KEYS = {"task", "measures", "headline", "finals", "paper", "command", "device", "versions", "seeds", "arms", "options"}
+KEYS |= {"finished"}
 
 
 class Tiny(Task):
     """Two classes of 6x6 images, with dropout, so that torch's global random state matters; 5 steps an epoch."""
 
     name = "tiny"
+    measures = {"loss": Measure("loss", 3), "error": Measure("error %", 1)}  # noqa: RUF012
+    headline = "error"
     steps_per_epoch = 5
 
     def __init__(self):
@@ -51,12 +54,11 @@ class Tiny(Task):
 
     def loss(self, model, batch):
         logits = model(batch[0])
-        return nn.functional.cross_entropy(logits, batch[1]), (logits.argmax(1) != batch[1]).float().mean()
+        return nn.functional.cross_entropy(logits, batch[1]), 100 * (logits.argmax(1) != batch[1]).float().mean()
 
     def evaluate(self, model):
         with torch.no_grad():
-            loss, error = self.loss(model, (self.images, self.labels))
-        return Scores(float(loss), 100 * float(error))
+            return torch.stack(self.loss(model, (self.images, self.labels))).tolist()
 
 
 def options(arms=DEFAULT_ARMS, epochs=3, lrs=(0.01,), **more):
@@ -94,6 +96,49 @@ def test_both_forms_train_alike(arm, g_lr):
         comparison.train()
         losses.append(torch.tensor([epoch.step_loss for epoch in comparison.runs[0].epochs]))
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("v_std", [0.05, None])
+def test_both_forms_clip_alike(monkeypatch, v_std):
+    """By the norm of the gradients of lengths and directions, where there are any; SGD, since Adam hides the norm."""
+    monkeypatch.setattr(Tiny, "v_std", v_std)
+    monkeypatch.setattr(Tiny, "draw_weights", lambda self, model: None)
+    monkeypatch.setattr(Tiny, "optimizer", lambda self, params, lr: torch.optim.SGD(params, lr))
+    ours = lambda self, model, lr, g_lr: wn.SGD(model, lr, v_std=v_std, g_lr=g_lr)  # noqa: E731
+    monkeypatch.setattr(Tiny, "weight_norm_optimizer", ours)
+    losses = {}
+    for max_norm in (None, 0.05):
+        monkeypatch.setattr(Tiny, "max_norm", max_norm)
+        for form in ("optimizer", "module"):
+            comparison = Comparison(Tiny(), options(["plain", "weight_norm"], 3, form=form))
+            comparison.train()
+            losses[max_norm, form] = torch.tensor([[e.step_loss for e in run.epochs] for run in comparison.runs])
+        torch.testing.assert_close(losses[max_norm, "optimizer"], losses[max_norm, "module"], rtol=1e-4, atol=0)
+    assert (losses[None, "module"] - losses[0.05, "module"]).flatten(1).abs().max(1).values.gt(1e-4).all()
+
+
+def test_an_average_goes_back_as_far_as_it_may_and_is_what_is_scored(monkeypatch):
+    monkeypatch.setattr(Tiny, "average_epochs", 0.5)
+    comparison = Comparison(Tiny(), options(["plain"], 4))
+    comparison.prepare()
+    (run,) = comparison.runs
+    expected, taken = [p.detach().double().clone() for p in run.model.parameters()], []
+    step = run._step
+
+    def watched(*batch):
+        measured = step(*batch)
+        length = max(min(0.5, (len(taken) // 5 + 1) / 5) * 5, 1)
+        taken.append(length)
+        for mean, p in zip(expected, run.model.parameters(), strict=True):
+            mean += (p.detach().double() - mean) / length
+        return measured
+
+    run._step = watched
+    comparison.train()
+    assert taken == [1] * 5 + [2] * 5 + [2.5] * 10
+    for mean, p in zip(expected, run.scored.parameters(), strict=True):
+        torch.testing.assert_close(p.double(), mean, rtol=1e-5, atol=1e-7)
+    assert list(run.epochs[-1].test.values()) == Tiny().evaluate(run.scored.eval())
 
 
 def test_runs_follow_the_tasks_schedule():
@@ -155,7 +200,7 @@ def test_what_runs_in_between_changes_no_result(name):
     for run in alone:
         twin = next(r for r in among_others if (r.arm.name, r.seed) == (name, run.seed))
         assert [e.step_loss for e in run.epochs] == [e.step_loss for e in twin.epochs]
-        assert [e.test_loss for e in run.epochs] == [e.test_loss for e in twin.epochs]
+        assert [e.test for e in run.epochs] == [e.test for e in twin.epochs]
 
 
 def test_training_leaves_the_programs_random_state_alone():
@@ -188,7 +233,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path):
 def test_an_arm_that_only_diverges_says_so(tmp_path):
     record = results(trained(arms=["plain", "weight_norm"], lrs=(1e30,)), "")
     assert record["arms"]["plain"]["final"]["train_loss"]["mean"] is None
-    assert [row[COLUMNS.index("train loss")] for row in rows(record)] == ["diverged"] * 2
+    assert [row[columns(record).index("train loss")] for row in rows(record)] == ["diverged"] * 2
     assert "never reached" in evidence(record)
     assert not any("interrupted" in note for note in notes(record))
     write_report(record, tmp_path)
@@ -263,13 +308,17 @@ def test_verdict(pairs, seeds, said):
     assert verdict(mean_ratio(pairs), len(pairs), seeds) == said
 
 
+def made_up_epoch(loss, seconds):
+    return Epoch([loss] * 5, {"loss": loss, "error": 10.0}, {"loss": 1.0, "error": 20.0}, seconds)
+
+
 def made_up(curves):
     """Return a comparison with given epoch losses: (arm, lr, seed) -> a loss an epoch, constant over its 5 steps."""
     comparison = Comparison(Tiny(), options(["plain", "weight_norm"], 3, (0.1, 0.2), seeds=2))
     for (arm, lr, seed), losses in curves.items():
         run = Run(comparison.task, ARMS[arm], Setting(lr, 1.0 if arm == "weight_norm" else None), seed, 3)
         step = 0.2 if arm == "plain" else 0.1
-        run.epochs = [Epoch([loss] * 5, 10.0, 1.0, 20.0, seconds=5 * step) for loss in losses]
+        run.epochs = [made_up_epoch(loss, 5 * step) for loss in losses]
         comparison.runs.append(run)
     return comparison
 
@@ -277,8 +326,7 @@ def made_up(curves):
 @pytest.mark.parametrize(("holdout", "lr"), [(0, 0.1), (10, 0.2)])
 def test_held_out_examples_choose_the_setting_and_the_test_set_does_not(monkeypatch, holdout, lr):
     comparison = made_up({("plain", 0.1, 0): [4, 3, 2], ("plain", 0.2, 0): [4, 3, 2.5]})
-    best, other = comparison.runs[1].epochs[-1], comparison.runs[0].epochs[-1]
-    comparison.runs[1].epochs[-1] = dataclasses.replace(best, test_error=other.test_error - 1)
+    comparison.runs[1].epochs[-1].test["error"] -= 1
     monkeypatch.setattr(Tiny, "holdout", holdout)
     record = results(comparison, "weightnorm compare")
     assert record["arms"]["plain"]["lr"] == lr

@@ -10,9 +10,11 @@ from weightnorm.tasks.task import Paper, PaperArm
 
 SMALL = Paper(
     epochs=5,
-    train_epochs=(0, 2, 4),
+    curve=("train", "error"),
+    at=(0, 2, 4),
     levels=(12.0, 1.0),
-    arms={"plain": PaperArm(8.5, {0: 40, 2: 9, 4: 3.5}, {12.0: 1, 1.0: 4})},
+    final=("test", "error"),
+    arms={"plain": PaperArm({0: 40, 2: 9, 4: 3.5}, {12.0: 1}, 8.5)},
     notes=("A note.",),
 )
 
@@ -28,7 +30,7 @@ def record(monkeypatch):
 
 def test_epochs_are_those_at_the_same_place_in_the_schedule(record):
     columns = ["arm", "test error %", *(f"train error % at {epoch}" for epoch in (0, 1, 2))]
-    assert record["paper"]["columns"] == [*columns, "first epoch at 12 %", "first epoch at 1 %", "seconds an epoch"]
+    assert record["paper"]["columns"] == [*columns, "first epoch at 12", "first epoch at 1", "seconds an epoch"]
     assert record["paper"]["rows"] == [
         [
             "plain",
@@ -37,7 +39,7 @@ def test_epochs_are_those_at_the_same_place_in_the_schedule(record):
             "10.00 ± 0.00 (9)",
             "10.00 ± 0.00 (3.5)",
             "0 (1)",
-            "– (4)",
+            "– (–)",
             "1.00, 1.00x",
         ],
         ["weight_norm", "20.00", "10.00", "10.00", "10.00", "0", "–", "0.50, 0.50x"],
@@ -62,7 +64,7 @@ def test_where_there_is_no_paper_there_is_no_table():
 
 def test_the_numbers_are_the_papers():
     """Figure 2, and what can be read off figure 1: errors fall, and the first epochs agree with them."""
-    tests = {name: arm.test_error for name, arm in PAPER.arms.items()}
+    tests = {name: arm.final for name, arm in PAPER.arms.items()}
     expected = {
         "plain": 8.43,
         "weight_norm": 8.46,
@@ -72,8 +74,8 @@ def test_the_numbers_are_the_papers():
     }
     assert tests == expected
     for arm in PAPER.arms.values():
-        errors = [arm.train_error[epoch] for epoch in PAPER.train_epochs]
+        errors = [arm.curve[epoch] for epoch in PAPER.at]
         assert errors == sorted(errors, reverse=True)
         for level, first in arm.first_epoch.items():
-            for epoch, error in arm.train_error.items():
+            for epoch, error in arm.curve.items():
                 assert abs(epoch - first) < 3 or (error <= level) == (epoch > first), (level, first, epoch)

@@ -39,7 +39,10 @@ def tasks(monkeypatch):
 
 
 def losses(comparison):
-    return [[[*epoch.step_loss, epoch.train_error, epoch.test_loss] for epoch in run.epochs] for run in comparison.runs]
+    return [
+        [[*epoch.step_loss, *epoch.train.values(), *epoch.test.values()] for epoch in run.epochs]
+        for run in comparison.runs
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,25 @@ def test_it_goes_on_to_the_last_bit(tmp_path, pauses, form):
         saving.restore(comparison, runs)
     comparison.train()
     assert losses(comparison) == losses(expected)
+
+
+def test_averages_and_finals_go_on_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(Tiny, "average_epochs", 2.0)
+    monkeypatch.setattr(Tiny, "finish", lambda self, model: {"norm": next(model.parameters()).norm().item()})
+    expected = REQUEST.comparison("cpu")
+    expected.train()
+    comparison = REQUEST.comparison("cpu")
+    counted = iter([False] * 70 + [True])
+    comparison.train(pause=lambda: next(counted))
+    assert sum(bool(run.finals) for run in comparison.runs) == 70 - 3 * len(comparison.runs)
+    saving.save(tmp_path, REQUEST, comparison)
+    asked, runs = saving.load(tmp_path)
+    comparison = asked.comparison("cpu")
+    saving.restore(comparison, runs)
+    comparison.train()
+    assert losses(comparison) == losses(expected)
+    assert [run.finals for run in comparison.runs] == [run.finals for run in expected.runs]
+    assert all(run.finals for run in comparison.runs)
 
 
 @pytest.mark.parametrize("batches", [0, 7, 33, 50])

@@ -70,6 +70,6 @@ def test_bfloat16_is_of_forward_and_backward_alone():
         comparison.train()
         found[precision] = comparison.runs[0]
     assert {p.dtype for p in found["bf16"].model.parameters()} == {torch.float32}
-    losses = [run.epochs[1].train_loss for run in found.values()]
+    losses = [run.epochs[1].train["loss"] for run in found.values()]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)

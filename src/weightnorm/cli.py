@@ -12,7 +12,7 @@ from weightnorm.cli_checkpoints import COMMANDS
 from weightnorm.compare.arms import ARMS
 from weightnorm.errors import INTERRUPTED, USER_ERROR, UserError
 from weightnorm.extras import require
-from weightnorm.tasks import TASKS
+from weightnorm.tasks import OPTIONS, TASKS
 
 
 class CommaList(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
@@ -67,6 +67,24 @@ def _by_task(option: str) -> str:
     values = {name: getattr(task, option) for name, task in TASKS.items()}
     texts = {name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in values.items()}
     return "; ".join(f"{text or 'those of the paper'} ({name})" for name, text in texts.items())
+
+
+def _own_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that some tasks alone have."""
+    for name, option in reversed(OPTIONS.items()):
+        kind = type(next(iter(option.default.values())))
+        defaults = "; ".join(f"{_shown(value)} ({task})" for task, value in option.default.items())
+        command = click.option(
+            f"--{name}/--no-{name}" if kind is bool else f"--{name}",
+            type=click.Choice(option.values) if option.values else (None if kind is bool else click.IntRange(min=0)),
+            default=None,
+            help=f"{option.help}  [default: {defaults}]",
+        )(command)
+    return command
+
+
+def _shown(value: object) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -132,6 +150,7 @@ def weightnorm(context: click.Context) -> None:
     "setting.  [default: the test set, which chooses nothing]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Train on so many examples only.  [default: all]")
+@_own_options
 @click.option("--device", default="auto", help="'cpu', 'cuda', 'cuda:1', ...; 'auto': a GPU if there is one.")
 @click.option(
     "--deterministic",
@@ -172,8 +191,9 @@ def compare(
 ) -> int:
     """Train one network in several arms side by side, and report what the evidence is.
 
-    TASK is what is trained: fashion (a small net on images that come with the package, the default) or cifar10 (the
-    paper's experiment 5.1; its learning rates unless --lr says others).
+    TASK is what is trained: fashion (a small net on images that come with the package, the default), or an experiment
+    of the paper at its learning rates unless --lr says others: cifar10 (5.1), vae (5.2; --data cifar10 for the deeper
+    one) or draw (5.3).
 
     All arms start from the same seeds and take turns, an epoch each. The report says how many steps and seconds each
     needs to reach the final training loss of the plain arm. Ctrl-C ends it early with a report of what has run;
@@ -188,11 +208,19 @@ def compare(
     from weightnorm.compare.command import compare_and_report
     from weightnorm.compare.saving import Request
 
+    task, options["data"] = _variant(task, options["data"])
+    own = {name: options.pop(name) for name in OPTIONS}
+    options["options"] = {name: value for name, value in own.items() if value is not None}
     for name in ("arms", "epochs", "lrs", "seeds"):
         options[name] = options[name] or getattr(TASKS[task], name)
     options["data"] = str(options["data"].absolute()) if options["data"] else None
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     return compare_and_report(Request(task, **options), folder, device, max_minutes, checkpoint_every)
+
+
+def _variant(task: str, data: Path | None) -> tuple[str, Path | None]:
+    """Return the task, and where its data is; ``--data`` may name the data set of a variant of the task."""
+    return (variant, None) if (variant := f"{task}_{data}") in TASKS else (task, data)
 
 
 def _refuse_beside_resume(context: click.Context) -> None:

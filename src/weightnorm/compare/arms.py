@@ -13,8 +13,8 @@ class Arm:
         description: the same in a line.
         weight_norm: the optimizer steps on length and direction.
         norm: the layer after every convolution and dense layer, in place of their biases; None: none.
-        init: "data": v ~ N(0, v_std²), then the data-dependent initialisation; "normal": the draw alone; "torch":
-            what torch gives each layer.
+        init: "data": the experiment's, v ~ N(0, v_std²) and then, where it has one, the data-dependent
+            initialisation; "normal": the draw alone; "torch": what torch gives each layer.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Arm:
 PLAIN = "plain"  # the arm that the others are measured against
 
 _TABLE = (
-    Arm(PLAIN, "plain weights, data-dependent initialisation"),
+    Arm(PLAIN, "plain weights, initialised as those of the other arms"),
     Arm("plain_default_init", "plain weights, torch's default initialisation", init="torch"),
     Arm("weight_norm", "weight normalization in the optimizer", weight_norm=True),
     Arm("weight_norm_mean_only", "weight normalization and mean-only batch norm", weight_norm=True, norm="mean_only"),

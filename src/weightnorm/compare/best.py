@@ -1,13 +1,13 @@
 """Which of an arm's settings speaks for it: the one with the lowest final training loss, averaged over seeds.
 
-Or the lowest error on training examples held out, where there are any. Never what the test set says.
+Or, where training examples are held out, the one that does best on them. Never what the test set says.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import fmean, median
+from statistics import fmean, median_low
 
 from weightnorm.compare.evidence import steps_to_reach, trailing_means
 from weightnorm.compare.run import Epoch, Run, Setting
@@ -45,12 +45,17 @@ class Best:
         }
 
     def seconds_per_step(self) -> float | None:
-        """Return the median over epochs of the training time per step; None before the first."""
+        """Return the median over epochs of the training time per step; None before the first.
+
+        Of two epochs the shorter one: kernels are compiled in the first.
+        """
         times = [epoch.seconds / len(epoch.step_loss) for epochs in self.histories.values() for epoch in epochs]
-        return median(times) if times else None
+        return median_low(times) if times else None
 
 
-def best_of(runs: Sequence[Run], settings: Sequence[Setting], epochs: int, window: int, holdout: bool = False) -> Best:
+def best_of(
+    runs: Sequence[Run], settings: Sequence[Setting], epochs: int, window: int, held_out: str | None = None
+) -> Best:
     """Choose an arm's best setting.
 
     Args:
@@ -58,7 +63,7 @@ def best_of(runs: Sequence[Run], settings: Sequence[Setting], epochs: int, windo
         settings: its grid, not empty.
         epochs: how many epochs to compare; later ones are left out.
         window: steps an epoch.
-        holdout: choose by the error on held-out data, since it is no test set.
+        held_out: choose by this measure on the data that is scored, since it is no test set; None: by training loss.
 
     Returns:
         The runs at that setting that have done an epoch. A setting that diverged loses to every one that did not.
@@ -67,7 +72,7 @@ def best_of(runs: Sequence[Run], settings: Sequence[Setting], epochs: int, windo
         Best(setting, {r.seed: r.epochs[:epochs] for r in runs if r.setting == setting and r.epochs}, window)
         for setting in settings
     ]
-    return min(candidates, key=partial(_final, measure="test_error" if holdout else "train_loss"))
+    return min(candidates, key=partial(_final, held_out=held_out))
 
 
 def compared_epochs(runs: Sequence[Run]) -> int:
@@ -77,13 +82,24 @@ def compared_epochs(runs: Sequence[Run]) -> int:
     )
 
 
+def curves(epochs: Sequence[Epoch], measures: Iterable[str]) -> dict[str, list[float]]:
+    """Return the task's measures epoch by epoch: ``train_loss``, ``test_loss`` and so on."""
+    return {
+        f"{part}_{name}": [getattr(epoch, part)[name] for epoch in epochs]
+        for part in ("train", "test")
+        for name in measures
+    }
+
+
 def step_losses(epochs: Sequence[Epoch]) -> list[float]:
     """Return the loss at every step."""
     return [loss for epoch in epochs for loss in epoch.step_loss]
 
 
-def _final(best: Best, measure: str) -> float:
+def _final(best: Best, held_out: str | None) -> float:
     """Return the mean over seeds of what the last epoch measured; infinity where a run diverged."""
     last = [epochs[-1] for epochs in best.histories.values()]
-    diverged = not all(math.isfinite(epoch.train_loss) for epoch in last)
-    return math.inf if diverged or not last else fmean(getattr(epoch, measure) for epoch in last)
+    diverged = not all(math.isfinite(epoch.train["loss"]) for epoch in last)
+    if diverged or not last:
+        return math.inf
+    return fmean(epoch.test[held_out] if held_out else epoch.train["loss"] for epoch in last)

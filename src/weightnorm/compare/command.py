@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from weightnorm.compare.loop import Comparison
+from weightnorm.compare.pictures import pictures
 from weightnorm.compare.progress import ArmBars
 from weightnorm.compare.report import write_report
 from weightnorm.compare.results import results
 from weightnorm.compare.saving import NAME, Request, load, restore, save
-from weightnorm.compare.table import COLUMNS, Record, evidence, notes, rows
+from weightnorm.compare.table import Record, columns, evidence, notes, rows
 from weightnorm.errors import INTERRUPTED, UserError
 
 
@@ -68,7 +69,7 @@ def _finish(request: Request, comparison: Comparison, folder: Path, minutes: flo
     else:
         save(folder, request, comparison)
     summary = results(comparison, shlex.join(["weightnorm", *sys.argv[1:]]))
-    write_report(summary, folder)
+    write_report(summary, folder, pictures(comparison, summary))
     show(summary, folder)
     if not comparison.finished:
         Console(stderr=True).print(f"Go on with: weightnorm compare --resume {folder}", highlight=False, soft_wrap=True)
@@ -152,7 +153,7 @@ def show(summary: Record, folder: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a file has no width: let the table have its own
-    console.print(_table(COLUMNS, rows(summary)))
+    console.print(_table(columns(summary), rows(summary)))
     for line in notes(summary):
         console.print(line, highlight=False)
     if paper := summary["paper"]:

@@ -1,4 +1,4 @@
-"""The curves: training loss against steps and seconds, error against epochs, an arm a colour."""
+"""The curves: training loss against steps and seconds, what people look at against epochs, an arm a colour."""
 
 import math
 from collections.abc import Sequence
@@ -25,19 +25,22 @@ def draw_curves(results: Record) -> Figure:
         A figure of three panels.
     """
     figure = Figure(figsize=(13, 4.2), layout="constrained")
-    by_step, by_second, error = figure.subplots(1, 3)
+    by_step, by_second, by_epoch = figure.subplots(1, 3)
     by_step.set(title="training loss", xlabel="steps", yscale="log")
     by_second.set(title="training loss", xlabel="seconds of training", yscale="log")
-    error.set(title="error % (solid: test, dotted: training)", xlabel="epochs")
-    error.xaxis.set_major_locator(MaxNLocator(integer=True))
+    headline = results["headline"]
+    label = results["measures"][headline]["label"]
+    by_epoch.set(title=f"{label} (solid: test, dotted: training)", xlabel="epochs")
+    by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     window = results["options"]["steps_per_epoch"]
     for name, arm in results["arms"].items():
         losses = [trailing_means(run, window) for run in _of_best(arm, "step_loss")]
         steps = range(window, window + min(map(len, losses), default=0))
         _draw(by_step, steps, losses, name)
         _draw(by_second, [step * arm["seconds_per_step"] for step in steps], losses, name)
-        _draw(error, range(1, 1 + len(arm["test_error"])), _of_best(arm, "test_error"), name)
-        _draw(error, range(1, 1 + len(arm["train_error"])), _of_best(arm, "train_error"), name, linestyle=":")
+        for part, line in (("test", "-"), ("train", ":")):
+            curve = f"{part}_{headline}"
+            _draw(by_epoch, range(1, 1 + len(arm[curve])), _of_best(arm, curve), name, line)
     by_step.legend(fontsize="small")
     return figure
 

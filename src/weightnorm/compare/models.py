@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 import weightnorm as wn
 from weightnorm.compare.arms import Arm
@@ -22,24 +23,25 @@ def initial_model(task: Task, arm: Arm, seed: int) -> nn.Module:
 
     Returns:
         The model. From the same seed, all arms with ``init="data"`` compute the same function on the task's
-        initialisation batch in training mode.
+        initialisation batch in training mode; on any, where the task has none and there are no norm layers.
     """
     torch.manual_seed(seed)
     model = task.model(_NORMS[arm.norm])
     if arm.init != "torch":
         torch.manual_seed(seed)  # again: layers with biases have drawn more than those without
         task.draw_weights(model)
-    if arm.init == "data":
-        wn.data_init(model, task.init_batch())
+    batch = task.init_batch() if arm.init == "data" else None
+    if batch is not None:
+        wn.data_init(model, batch, std=task.init_std)
     return model
 
 
-def module_form(model: nn.Module, v_std: float, lr: float, g_lr: float | str) -> list[dict[str, Any]]:
+def module_form(model: nn.Module, v_std: float | None, lr: float, g_lr: float | str) -> list[dict[str, Any]]:
     """Put weight normalization into a model's layers, and begin as the optimizer form does: ``‖v‖ = v_std sqrt(k)``.
 
     Args:
         model: the model; changed in place, the function that it computes is not.
-        v_std: of the direction's elements.
+        v_std: of the direction's elements; None: ``v`` is the weight.
         lr: learning rate.
         g_lr: multiplies it for lengths; "sqrt": by sqrt(k).
 
@@ -48,13 +50,14 @@ def module_form(model: nn.Module, v_std: float, lr: float, g_lr: float | str) ->
     """
     wn.weight_norm(model)
     groups: list[dict[str, Any]] = []
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            held: Any = layer.parametrizations.weight  # type: ignore[union-attr]
-            g, v = held.original0, held.original1
-            root = (v.numel() / len(v)) ** 0.5
+    for held in [module for module in model.modules() if isinstance(module, ParametrizationList)]:
+        g: Tensor = held.original0  # type: ignore[assignment]
+        v: Tensor = held.original1  # type: ignore[assignment]
+        root = (v.numel() / g.numel()) ** 0.5
+        if v_std is not None:
+            reduced = [axis for axis, size in enumerate(g.shape) if size == 1]
             with torch.no_grad():
-                v.copy_(torch.nn.functional.normalize(v.flatten(1)).view_as(v) * v_std * root)
-            groups.append({"params": [g], "lr": lr * (root if g_lr == "sqrt" else float(g_lr))})
+                v *= v_std * root / torch.linalg.vector_norm(v, dim=reduced, keepdim=True)
+        groups.append({"params": [g], "lr": lr * (root if g_lr == "sqrt" else float(g_lr))})
     lengths = {group["params"][0] for group in groups}
     return [{"params": [p for p in model.parameters() if p not in lengths]}, *groups]

@@ -7,51 +7,62 @@ from typing import Any
 from weightnorm.compare.arms import PLAIN
 from weightnorm.compare.best import Best
 from weightnorm.compare.evidence import spread
+from weightnorm.compare.run import Epoch
 from weightnorm.compare.table import NOTHING
-from weightnorm.tasks.task import Paper, PaperArm
+from weightnorm.tasks.task import Paper, Part, Task
 
 
-def beside_paper(paper: Paper, best: Mapping[str, Best], epochs: int) -> dict[str, Any]:
+def beside_paper(task: Task, best: Mapping[str, Best], epochs: int) -> dict[str, Any] | None:
     """Return the table of a comparison's arms beside the paper's.
 
     Args:
-        paper: what it reports.
+        task: knows what the paper reports, and what its measures are called.
         best: the runs of each arm at its best setting, by its name.
         epochs: how long the comparison's schedule is.
 
     Returns:
-        ``columns``, ``rows`` of cells, and ``notes``, for people.
+        ``columns``, ``rows`` of cells, and ``notes``, for people; None, if there is no paper.
     """
-    # An epoch of the paper's is that at the same place in the schedule of ours.
-    at = {epoch: round(epoch * (epochs - 1) / (paper.epochs - 1)) for epoch in paper.train_epochs}
-    columns = ["arm", "test error %", *(f"train error % at {there}" for there in at.values())]
-    columns += [f"first epoch at {level:g} %" for level in paper.levels] + ["seconds an epoch"]
+    paper = task.paper
+    if paper is None:
+        return None
+    last, theirs = epochs - 1, paper.epochs - 1
+    at = {epoch: round(epoch * last / theirs) if paper.scaled else epoch for epoch in paper.at}
+    at = {there: here for there, here in at.items() if here <= last}
+    curve, final = (f"{part} {task.measures[name].label}" for part, name in (paper.curve, paper.final))
+    columns = ["arm", final, *(f"{curve} at {here}" for here in at.values())]
+    columns += [f"first epoch at {level:g}" for level in paper.levels] + ["seconds an epoch"]
     plain = best.get(PLAIN)
-    rows = [_row(name, arm, paper.arms.get(name), at, paper, plain) for name, arm in best.items()]
-    notes = ["In brackets: the paper's. Training errors are those during the epoch, noise and dropout active."]
+    digits = max(2, task.measures[paper.final[1]].digits)
+    rows = [_row(name, arm, paper, at, plain, digits) for name, arm in best.items()]
+    notes = ["In brackets: the paper's. Of a training curve: during the epoch, noise and dropout active."]
     if epochs != paper.epochs:
-        notes.append(
-            f"The paper trained {paper.epochs} epochs, this {epochs}: epochs at the same place in the schedule."
-        )
+        how = "at the same place in the schedule" if paper.scaled else "of the same number"
+        notes.append(f"The paper trained {paper.epochs} epochs, this {epochs}: epochs {how}.")
     return {"columns": columns, "rows": rows, "notes": [*notes, *paper.notes]}
 
 
-def _row(
-    name: str, best: Best, theirs: PaperArm | None, at: Mapping[int, int], paper: Paper, plain: Best | None
-) -> list[str]:
+def _row(name: str, best: Best, paper: Paper, at: Mapping[int, int], plain: Best | None, digits: int) -> list[str]:
     histories = list(best.histories.values())
-    ours = [_mean([epochs[-1].test_error for epochs in histories])]
+    curves = [_curve(paper.curve, epochs) for epochs in histories]
+    ours = [_mean([_curve(paper.final, epochs)[-1] for epochs in histories], digits)]
     for here in at.values():
-        ours.append(_mean([epochs[here].train_error for epochs in histories if here < len(epochs)]))
+        ours.append(_mean([curve[here] for curve in curves if here < len(curve)], digits))
     for level in paper.levels:
-        first = [_first(level, [epoch.train_error for epoch in epochs]) for epochs in histories]
+        first = [_first(level, curve) for curve in curves]
         reached = [epoch for epoch in first if epoch is not None]
         ours.append(f"{fmean(reached):.0f}" if reached and reached == first else NOTHING)
+    theirs = paper.arms.get(name)
     if theirs is not None:
-        published = [theirs.test_error, *(theirs.train_error[epoch] for epoch in at)]
-        published += [theirs.first_epoch[level] for level in paper.levels]
-        ours = [f"{mine} ({other:g})" for mine, other in zip(ours, published, strict=True)]
+        published = [theirs.final, *map(theirs.curve.get, at), *map(theirs.first_epoch.get, paper.levels)]
+        shown = [NOTHING if value is None else f"{value:.4g}" for value in published]
+        ours = [f"{mine} ({other})" for mine, other in zip(ours, shown, strict=True)]
     return [name, *ours, _seconds(best, plain)]
+
+
+def _curve(which: tuple[Part, str], epochs: Sequence[Epoch]) -> list[float]:
+    part, name = which
+    return [getattr(epoch, part)[name] for epoch in epochs]
 
 
 def _seconds(best: Best, plain: Best | None) -> str:
@@ -66,8 +77,9 @@ def _first(level: float, errors: Sequence[float]) -> int | None:
     return next((epoch for epoch, error in enumerate(errors) if error <= level), None)
 
 
-def _mean(values: Sequence[float]) -> str:
+def _mean(values: Sequence[float], digits: int) -> str:
     found = spread(values)
     if found is None:
         return NOTHING
-    return f"{found.mean:.2f}" + ("" if found.standard_error is None else f" ± {found.standard_error:.2f}")
+    error = "" if found.standard_error is None else f" ± {found.standard_error:.{digits}f}"
+    return f"{found.mean:.{digits}f}{error}"

@@ -42,5 +42,5 @@ class ArmBars:
 
     def tell(self, run: Run) -> None:
         """Move the bar of a run's arm on by an epoch."""
-        loss = "diverged" if run.diverged else f"{run.epochs[-1].train_loss:.4f}"
+        loss = "diverged" if run.diverged else f"{run.epochs[-1].train['loss']:.4f}"
         self._progress.update(self._bars[run.arm.name], advance=1, loss=loss)

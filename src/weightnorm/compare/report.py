@@ -1,8 +1,11 @@
 """The report: results.json, curves.png and a page that needs nothing else, written so that none is ever half there."""
 
+import base64
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -10,15 +13,16 @@ from matplotlib.figure import Figure
 
 from weightnorm.checkpoints.files import replacing
 from weightnorm.compare.curves import draw_curves
-from weightnorm.compare.table import COLUMNS, Record, evidence, notes, rows
+from weightnorm.compare.table import Record, columns, evidence, notes, rows
 
 
-def write_report(results: Record, folder: Path) -> None:
+def write_report(results: Record, folder: Path, pictures: Mapping[str, bytes] = MappingProxyType({})) -> None:
     """Write a comparison's results for machines and for people.
 
     Args:
         results: what ``results.results`` returned.
         folder: where; it exists.
+        pictures: what the models draw: name of a PNG -> its content. Default: nothing.
 
     Raises:
         OSError: if a file cannot be written; those there before are untouched then.
@@ -26,21 +30,24 @@ def write_report(results: Record, folder: Path) -> None:
     _write(folder / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
     figure = draw_curves(results)
     _write(folder / "curves.png", _image(figure, "png"))
-    _write(folder / "report.html", page(results, figure).encode())
+    for name, content in pictures.items():
+        _write(folder / f"{name}.png", content)
+    _write(folder / "report.html", page(results, figure, pictures).encode())
 
 
-def page(results: Record, figure: Figure) -> str:
-    """Return the report as one HTML page, curves included, that loads nothing."""
+def page(results: Record, figure: Figure, pictures: Mapping[str, bytes]) -> str:
+    """Return the report as one HTML page, curves and pictures included, that loads nothing."""
     svg = _image(figure, "svg").decode()
     environment = Environment(
         loader=PackageLoader("weightnorm.compare", "."), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template("report.html.j2").render(
         results=results,
-        columns=COLUMNS,
+        columns=columns(results),
         rows=rows(results),
         notes=notes(results),
         evidence=evidence(results),
+        pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
         curves=svg[svg.index("<svg") :],  # without the XML header, which names a DTD elsewhere
     )
 

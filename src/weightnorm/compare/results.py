@@ -2,7 +2,7 @@
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -11,14 +11,12 @@ import torch
 
 from weightnorm._version import __version__
 from weightnorm.compare.arms import PLAIN, Arm
-from weightnorm.compare.best import Best, best_of, compared_epochs, step_losses
+from weightnorm.compare.best import Best, best_of, compared_epochs, curves, step_losses
 from weightnorm.compare.evidence import mean_ratio, spread, verdict
 from weightnorm.compare.loop import Comparison
 from weightnorm.compare.paper import beside_paper
 from weightnorm.compare.run import Run
 from weightnorm.compare.table import Record
-
-METRICS = ("train_loss", "train_error", "test_loss", "test_error")
 
 
 def results(comparison: Comparison, command: str) -> Record:
@@ -35,7 +33,7 @@ def results(comparison: Comparison, command: str) -> Record:
     options, task = comparison.options, comparison.task
     epochs = compared_epochs(comparison.runs)
     runs = {arm: [run for run in comparison.runs if run.arm is arm] for arm in options.arms}
-    asked = epochs, task.steps_per_epoch, bool(task.holdout)
+    asked = epochs, task.steps_per_epoch, task.headline if task.holdout else None
     best = {arm: best_of(runs[arm], options.settings(arm), *asked) for arm in options.arms}
     plain = next((best[arm] for arm in options.arms if arm.name == PLAIN), None)
     record = {
@@ -44,8 +42,11 @@ def results(comparison: Comparison, command: str) -> Record:
         "device": device_name(task.device),
         "versions": versions(),
         "seeds": sorted({run.seed for run in comparison.runs if run.epochs}),
-        "arms": {arm.name: _arm_record(arm, best[arm], runs[arm], plain) for arm in options.arms},
-        "paper": task.paper and beside_paper(task.paper, {arm.name: best[arm] for arm in options.arms}, options.epochs),
+        "measures": task.measures,
+        "headline": task.headline,
+        "finals": task.finals,
+        "arms": {arm.name: _arm_record(arm, best[arm], runs[arm], plain, task.measures) for arm in options.arms},
+        "paper": beside_paper(task, {arm.name: best[arm] for arm in options.arms}, options.epochs),
         "finished": comparison.finished,
         "options": {
             "seeds": options.seeds,
@@ -83,21 +84,20 @@ def versions() -> dict[str, str]:
     }
 
 
-def _arm_record(arm: Arm, best: Best, runs: list[Run], plain: Best | None) -> Record:
+def _arm_record(arm: Arm, best: Best, runs: list[Run], plain: Best | None, measures: Iterable[str]) -> Record:
     """Return an arm at its best: means over seeds per epoch, where it ended, how it compares with plain, every run."""
-    curves = {metric: _mean_curve(best, metric) for metric in METRICS}
-    seconds = best.seconds_per_step()
+    histories = [curves(epochs, measures) for epochs in best.histories.values()]
+    finished = [run.finals for run in runs if run.setting == best.setting and run.finals]
     return {
         "description": arm.description,
         "lr": best.setting.lr,
         "g_lr": best.setting.g_lr,
-        **curves,
-        "final": {
-            metric: spread([getattr(epochs[-1], metric) for epochs in best.histories.values()]) for metric in METRICS
-        },
-        "seconds_per_step": seconds,
+        **{name: _mean_curve([history[name] for history in histories]) for name in curves((), measures)},
+        "final": {name: spread([history[name][-1] for history in histories]) for name in curves((), measures)},
+        "finals": {name: spread([finals[name] for finals in finished]) for name in finished[0]} if finished else {},
+        "seconds_per_step": best.seconds_per_step(),
         **(_against_plain(best, plain) if plain else _NO_PLAIN),
-        "runs": [_run_record(run) for run in runs],
+        "runs": [_run_record(run, measures) for run in runs],
     }
 
 
@@ -128,22 +128,22 @@ def _against_plain(best: Best, plain: Best) -> Record:
     }
 
 
-def _run_record(run: Run) -> Record:
+def _run_record(run: Run, measures: Iterable[str]) -> Record:
     return {
         "lr": run.setting.lr,
         "g_lr": run.setting.g_lr,
         "seed": run.seed,
         "diverged": run.diverged,
-        **{metric: [getattr(epoch, metric) for epoch in run.epochs] for metric in METRICS},
+        **curves(run.epochs, measures),
+        "finals": run.finals,
         "seconds": [epoch.seconds for epoch in run.epochs],
         "step_loss": step_losses(run.epochs),
     }
 
 
-def _mean_curve(best: Best, metric: str) -> list[float]:
-    """Return a metric's mean over seeds, per epoch, as far as every seed has come."""
-    histories = best.histories.values()
-    return [fmean(getattr(epoch, metric) for epoch in epochs) for epochs in zip(*histories, strict=False)]
+def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
+    """Return the mean over seeds, per epoch, as far as every seed has come."""
+    return [fmean(values) for values in zip(*curves, strict=False)]
 
 
 def _to_json(value: Any) -> Any:

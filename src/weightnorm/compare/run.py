@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import nn
 
+import weightnorm as wn
 from weightnorm.compare.arms import Arm
+from weightnorm.compare.average import Average
 from weightnorm.compare.models import initial_model, module_form
 from weightnorm.compare.step import Recorded
+from weightnorm.optim import WeightNormOptimizer
 from weightnorm.tasks.task import Task
 
 Form = Literal["optimizer", "module"]
@@ -35,22 +39,15 @@ class Epoch:
 
     Attributes:
         step_loss: the training loss at every step, in training mode, before that step.
-        train_error: mean over the epoch, likewise, in percent.
-        test_loss: on held-out data after the epoch, in eval mode.
-        test_error: likewise, in percent.
+        train: the task's measures, by name: their means over the epoch, likewise.
+        test: the same on held-out data after the epoch, in eval mode.
         seconds: what training took, evaluation apart.
     """
 
     step_loss: list[float]
-    train_error: float
-    test_loss: float
-    test_error: float
+    train: dict[str, float]
+    test: dict[str, float]
     seconds: float
-
-    @property
-    def train_loss(self) -> float:
-        """Return the mean training loss over the epoch."""
-        return sum(self.step_loss) / len(self.step_loss)
 
 
 @dataclass
@@ -66,6 +63,7 @@ class Run:
         form: where weight normalization is, in the "optimizer" or in the "module".
         precision: "bf16": forward and backward under autocast; weights and optimizer stay float32.
         epochs: what was measured so far.
+        finals: what is measured when all epochs are done, by name.
     """
 
     task: Task
@@ -76,6 +74,7 @@ class Run:
     form: Form = "optimizer"
     precision: Precision = "fp32"
     epochs: list[Epoch] = field(default_factory=list)
+    finals: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._random_state: list[torch.Tensor] = []
@@ -88,6 +87,8 @@ class Run:
             self.optimizer = self.task.optimizer(module_form(self.model, self.task.v_std, lr, g_lr), lr)
         else:
             self.optimizer = self.task.weight_norm_optimizer(self.model, lr, g_lr)
+        span = self.task.average_epochs
+        self._average = Average(self.model, span, self.task.steps_per_epoch) if span else None
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._records = self.task.device.type == "cuda"
         self._prepare_step()
@@ -95,14 +96,20 @@ class Run:
     @property
     def diverged(self) -> bool:
         """Say whether the loss is no longer a finite number."""
-        return bool(self.epochs) and not math.isfinite(self.epochs[-1].train_loss)
+        return bool(self.epochs) and not math.isfinite(self.epochs[-1].train["loss"])
+
+    @property
+    def scored(self) -> nn.Module:
+        """Return the model that is scored: of the average of the weights, if the task has one."""
+        return self._average.model if self._average else self.model
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that changes in training, but for ``epochs``."""
+        """Return all that changes in training, but for what was measured."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": self._random_state,
+            "average": self._average and self._average.model.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -110,6 +117,8 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._random_state = list(state["random"])
+        if self._average:
+            self._average.model.load_state_dict(state["average"])
         self._prepare_step()  # the optimizer's state lies elsewhere now
 
     def train_epoch(self) -> None:
@@ -120,33 +129,60 @@ class Run:
                 start = self._now()
                 measured = self._train()
                 seconds = self._now() - start
-                self.model.eval()
-                with self._cast():
-                    scores = self.task.evaluate(self.model)
+                epoch = self._summed_up(measured, seconds)
+                if len(self.epochs) + 1 == self.total and math.isfinite(epoch.train["loss"]):
+                    finals = dict(self.task.finish(self.scored))
+                else:
+                    finals = {}
         except BaseException:
             self.load_state_dict(before)
             raise
-        step_loss, wrong = measured.tolist()
-        train_error = 100 * sum(wrong) / len(wrong)
-        self.epochs.append(Epoch(step_loss, train_error, scores.loss, scores.error, seconds))
+        self.epochs.append(epoch)
+        self.finals = finals
+
+    def pictures(self) -> Mapping[str, torch.Tensor]:
+        """Return what the model draws, from the same random numbers in every arm; training does not notice."""
+        with self._forked(), self._cast(), torch.no_grad():
+            torch.manual_seed(self.seed)
+            return self.task.pictures(self.scored.eval())
 
     def _train(self) -> torch.Tensor:
-        """Train an epoch; return loss and share of wrong answers at every step, shape (2, steps)."""
+        """Train an epoch; return all measures at every step, shape (measures, steps)."""
         self.model.train()
         self._follow_schedule()
         measured = []
         for batch in self.task.train_batches(self.seed, len(self.epochs)):
             measured.append(self._step(*batch))  # read at the end: a GPU need not wait
+            if self._average:
+                self._average.update(self.model, len(self.epochs))
         return torch.stack(measured, dim=1)
 
+    def _summed_up(self, measured: torch.Tensor, seconds: float) -> Epoch:
+        """Return what an epoch measured, with the scores of the model after it."""
+        model = self.scored.eval()
+        with self._cast():
+            scores = self.task.evaluate(model)
+        curves = dict(zip(self.task.measures, measured.tolist(), strict=True))
+        train = {name: sum(curve) / len(curve) for name, curve in curves.items()}
+        return Epoch(curves["loss"], train, dict(zip(self.task.measures, scores, strict=True)), seconds)
+
     def _take_step(self, *batch: torch.Tensor) -> torch.Tensor:
-        """Take one training step; return its loss and share of wrong answers."""
+        """Take one training step; return all measures."""
         self.optimizer.zero_grad()
         with self._cast():
-            loss, wrong = self.task.loss(self.model, batch)
+            loss, *others = self.task.loss(self.model, batch)
         loss.backward()
+        self._clip()
         self.optimizer.step()
-        return torch.stack([loss.detach(), wrong])
+        return torch.stack([loss, *others]).detach()  # or it would keep all that led to it
+
+    def _clip(self) -> None:
+        if self.task.max_norm is None:
+            return
+        if isinstance(self.optimizer, WeightNormOptimizer):
+            wn.clip_grad_norm_(self.optimizer, self.task.max_norm)
+        else:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.task.max_norm)
 
     def _prepare_step(self) -> None:
         self._step = Recorded(self._take_step) if self._records else self._take_step
@@ -176,11 +212,14 @@ class Run:
     def _own_random_state(self) -> Iterator[None]:
         """Put this run's random state in place of the program's, and back."""
         device = self.task.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with self._forked():
             if self._random_state:
                 _set_random_state(device, self._random_state)
             yield
             self._random_state = _random_state(device)
+
+    def _forked(self) -> AbstractContextManager[None]:
+        return torch.random.fork_rng([self.task.device] if self.task.device.type == "cuda" else [])
 
     def _now(self) -> float:
         """Return the time in seconds, when all the work given to the device is done."""

@@ -1,7 +1,7 @@
 """A comparison on disk, between epochs: everything that it takes to go on as if it had never stopped."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from weightnorm.errors import UserError
 from weightnorm.tasks import load_task
 
 NAME = "checkpoint.pt"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Request:
         data: where the task's data lies; None: the task knows where to look.
         limit: how many examples to train on; None: all.
         holdout: score on training examples held out.
+        options: those of the task's own that are not to have their defaults.
         deterministic: on a GPU, let cuDNN take none but its deterministic algorithms; else the fastest it finds.
     """
 
@@ -47,6 +48,7 @@ class Request:
     limit: int | None = None
     holdout: bool = False
     deterministic: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def comparison(self, device: str) -> Comparison:
         """Return what is to be trained.
@@ -57,7 +59,8 @@ class Request:
         Raises:
             UserError: if the data cannot be used, or an arm has no learning rate.
         """
-        task = load_task(self.task, device, Path(self.data) if self.data else None, self.limit, self.holdout)
+        folder = Path(self.data) if self.data else None
+        task = load_task(self.task, device, folder, self.limit, self.holdout, self.options)
         unknown = [name for name in self.arms if name not in task.rates]
         if unknown and not self.lrs:
             names = ", ".join(unknown)
@@ -73,7 +76,10 @@ def save(folder: Path, request: Request, comparison: Comparison) -> None:
     Raises:
         UserError: if it cannot be written.
     """
-    runs = [{"epochs": [asdict(epoch) for epoch in run.epochs], "state": run.state_dict()} for run in comparison.runs]
+    runs = [
+        {"epochs": [asdict(epoch) for epoch in run.epochs], "finals": run.finals, "state": run.state_dict()}
+        for run in comparison.runs
+    ]
     # Plain lists and numbers, which torch reads without running anything.
     asked = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(request).items()}
     write(folder / NAME, File({"weightnorm_comparison": _FORMAT, "request": asked, "runs": runs}))
@@ -96,4 +102,5 @@ def restore(comparison: Comparison, runs: Sequence[Mapping[str, Any]]) -> None:
     comparison.prepare()
     for run, saved in zip(comparison.runs, runs, strict=True):
         run.epochs = [Epoch(**epoch) for epoch in saved["epochs"]]
+        run.finals = dict(saved["finals"])
         run.load_state_dict(saved["state"])

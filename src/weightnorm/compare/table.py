@@ -7,23 +7,25 @@ from weightnorm.compare.arms import PLAIN
 Record = dict[str, Any]
 NOTHING = "–"
 
-COLUMNS = (
-    "arm",
-    "lr",
-    "steps",
-    "of plain's",
-    "seconds",
-    "step time",
-    "train loss",
-    "test loss",
-    "test error %",
-    "verdict",
-)
+
+def columns(results: Record) -> list[str]:
+    """Return the names of the table's columns."""
+    fixed = [
+        "arm",
+        "lr",
+        "steps",
+        "of plain's",
+        "seconds",
+        "step time",
+        f"train {results['measures']['loss']['label']}",
+    ]
+    tests = [f"test {measure['label']}" for measure in results["measures"].values()]
+    return [*fixed, *tests, *(measure["label"] for measure in results["finals"].values()), "verdict"]
 
 
 def rows(results: Record) -> list[list[str]]:
-    """Return the table's rows, a list of cells per arm, in the order of ``COLUMNS``."""
-    return [_row(name, arm) for name, arm in results["arms"].items()]
+    """Return the table's rows, a list of cells per arm, in the order of ``columns``."""
+    return [_row(name, arm, results) for name, arm in results["arms"].items()]
 
 
 def notes(results: Record) -> list[str]:
@@ -34,7 +36,7 @@ def notes(results: Record) -> list[str]:
         f"{seeds} seed{'s' * (seeds > 1)}, on {results['device']}, torch {results['versions']['torch']}, "
         f"{options['precision']}. "
         "± is the standard error over seeds.",
-        _choice(options),
+        _choice(results),
         "Steps and seconds are those to plain's mean training loss over its last epoch, seed by seed: until an arm's "
         "own mean over an epoch's worth of steps is no higher. In brackets: 95 % interval. Step time is in plain's.",
     ]
@@ -48,13 +50,15 @@ def notes(results: Record) -> list[str]:
     return lines
 
 
-def _choice(options: Record) -> str:
+def _choice(results: Record) -> str:
     """Say how each arm came by its learning rate."""
+    options = results["options"]
     if not options["lr"]:
         return "Every arm ran at the learning rate of the experiment, its best there."
     by = "the lowest training loss in the last epoch"
     if options["holdout"]:
-        by = f"the lowest error on {options['holdout']:,} training examples held out (here called test) at the end"
+        headline = results["measures"][results["headline"]]["label"]
+        by = f"the lowest {headline} on {options['holdout']:,} training examples held out (here called test) at the end"
     tried = _list(options["lr"])
     return f"Every arm tried the learning rates {tried} and is shown at its best: {by}, averaged over seeds."
 
@@ -80,8 +84,8 @@ def _finding(name: str, arm: Record) -> str:
     return f"{name} took {ratio['mean']:.0%} of plain's steps and {time:.0%} of its time ({arm['verdict']})"
 
 
-def _row(name: str, arm: Record) -> list[str]:
-    final = arm["final"]
+def _row(name: str, arm: Record, results: Record) -> list[str]:
+    measures, final = results["measures"], arm["final"]
     return [
         name,
         f"{arm['lr']:g}" + (f", g x {arm['g_lr']}" if arm["g_lr"] not in (None, 1.0) else ""),
@@ -89,9 +93,9 @@ def _row(name: str, arm: Record) -> list[str]:
         _ratio(arm["steps_vs_plain"]),
         _number(arm["seconds_to_plain"], ".1f"),
         _number(arm["step_time_vs_plain"], ".2f", "x"),
-        _spread(final["train_loss"], ".3f"),
-        _spread(final["test_loss"], ".3f"),
-        _spread(final["test_error"], ".1f"),
+        _spread(final["train_loss"], measures["loss"]),
+        *(_spread(final[f"test_{measured}"], measure) for measured, measure in measures.items()),
+        *(_spread(arm["finals"].get(measured), measure) for measured, measure in results["finals"].items()),
         arm["verdict"],
     ]
 
@@ -100,7 +104,8 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
     return NOTHING if value is None else f"{value:{form}}{unit}"
 
 
-def _spread(value: Record | None, form: str) -> str:
+def _spread(value: Record | None, measure: Record) -> str:
+    form = f".{measure['digits']}f"
     if value is None:
         return NOTHING
     if value["mean"] is None:

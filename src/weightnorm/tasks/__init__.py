@@ -1,14 +1,31 @@
 """What the comparison can train, by name. A name costs nothing; its module, and torch, are imported when it is used."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from weightnorm.errors import UserError
 
 if TYPE_CHECKING:
     from weightnorm.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Option:
+    """What can be chosen of some tasks alone.
+
+    Attributes:
+        help: what it decides.
+        default: of each task that has it, by the task's name: a number, a switch, or one of the values.
+        values: what it can be; empty: a number or a switch.
+    """
+
+    help: str
+    default: Mapping[str, int | bool | str]
+    values: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,16 +50,38 @@ class Entry:
 
 
 _DEMO = "plain", "plain_default_init", "weight_norm", "weight_norm_mean_only", "batch_norm"
+_PAIR = "plain", "weight_norm"
 _PAPERS = "plain", "weight_norm", "weight_norm_mean_only", "batch_norm", "mean_only"
 
 TASKS = {
     "fashion": Entry("weightnorm.tasks.fashion:Fashion", _DEMO, 8, (0.001, 0.003), 3),
     "cifar10": Entry("weightnorm.tasks.cifar10:Cifar10", _PAPERS, 200, (), 1, has_folder=True),
+    "vae": Entry("weightnorm.tasks.vae.mnist:MnistVae", _PAIR, 300, (), 3, has_folder=True),
+    "vae_cifar10": Entry("weightnorm.tasks.vae.cifar10:CifarVae", _PAIR, 450, (), 1, has_folder=True),
+    "draw": Entry("weightnorm.tasks.draw.task:DrawMnist", _PAIR, 100, (), 1, has_folder=True),
+}
+
+OPTIONS = {
+    "binarise": Option(
+        "When images become black and white, each pixel by chance: anew at every step, or once for all.",
+        {"vae": "dynamic", "draw": "fixed"},
+        ("dynamic", "fixed"),
+    ),
+    "flows": Option("Steps of the inverse autoregressive flow.", {"vae": 2}),
+    "width": Option("Feature maps of every layer.", {"vae_cifar10": 64}),
+    "depth": Option("Layers of latents in each of two levels.", {"vae_cifar10": 2}),
+    "glimpses": Option("How often the network looks and writes.", {"draw": 64}),
+    "attention": Option("Look and write selectively.", {"draw": True}),
 }
 
 
 def load_task(
-    name: str, device: str = "cpu", folder: Path | None = None, limit: int | None = None, holdout: bool = False
+    name: str,
+    device: str = "cpu",
+    folder: Path | None = None,
+    limit: int | None = None,
+    holdout: bool = False,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> "Task":
     """Make a task by name, its data on a device.
 
@@ -52,13 +91,15 @@ def load_task(
         folder: where its data lies, if it does not come with the package; None: the task knows where to look.
         limit: how many examples it trains on; None: all.
         holdout: score it on training examples held out, in place of the test set.
+        options: those of its ``OPTIONS`` that are not to have their defaults.
 
     Returns:
         The task.
 
     Raises:
         KeyError: if there is no task of that name.
-        weightnorm.errors.UserError: if its data is missing or damaged, or comes with the package and one is named.
+        weightnorm.errors.UserError: if its data is missing or damaged, or comes with the package and one is named; or
+            the task has no such option.
 
     Example:
         >>> load_task("fashion").steps_per_epoch
@@ -67,6 +108,16 @@ def load_task(
     module, _, cls = TASKS[name].home.partition(":")
     if not TASKS[name].has_folder and (folder or limit or holdout):
         raise UserError(f"the data of {name} comes with the package; leave --data, --limit and --holdout out")
-    options = {"folder": folder, "limit": limit, "holdout": holdout} if TASKS[name].has_folder else {}
-    task: Task = getattr(import_module(module), cls)(device, **options)
+    asked = {"folder": folder, "limit": limit, "holdout": holdout} if TASKS[name].has_folder else {}
+    task: Task = getattr(import_module(module), cls)(device, **asked, **_all_options(name, options))
     return task
+
+
+def _all_options(task: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    own = {name: option.default[task] for name, option in OPTIONS.items() if task in option.default}
+    for name in given:
+        if name not in own:
+            raise UserError(
+                f"--{name} is an option of {' and '.join(OPTIONS[name].default)}, not of {task}; leave it out"
+            )
+    return own | dict(given)

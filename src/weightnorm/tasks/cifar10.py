@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 import weightnorm as wn
-from weightnorm.errors import UserError
 from weightnorm.tasks.classification import Classification
 from weightnorm.tasks.hub import HubData
+from weightnorm.tasks.subset import subset
 from weightnorm.tasks.task import Norm, Paper, PaperArm, Schedule
 from weightnorm.tasks.whitening import Whitening
 
@@ -53,13 +53,15 @@ _EPOCHS, _LEVELS = (15, 25, 50, 75, 100, 125, 150, 175, 199), (3.0, 1.0)
 
 
 def _reported(test_error: float, train_error: tuple[float, ...], first: tuple[int, int]) -> PaperArm:
-    return PaperArm(test_error, dict(zip(_EPOCHS, train_error, strict=True)), dict(zip(_LEVELS, first, strict=True)))
+    return PaperArm(dict(zip(_EPOCHS, train_error, strict=True)), dict(zip(_LEVELS, first, strict=True)), test_error)
 
 
 PAPER = Paper(  # test errors: figure 2 [P]; the others read off figure 1
     epochs=200,
-    train_epochs=_EPOCHS,
+    curve=("train", "error"),
+    at=_EPOCHS,
     levels=_LEVELS,
+    final=("test", "error"),
     arms={
         "plain": _reported(8.43, (12.3, 8.2, 4.7, 3.6, 3.0, 2.0, 1.1, 0.52, 0.18), (101, 150)),
         "weight_norm": _reported(8.46, (12.4, 7.7, 3.3, 2.0, 1.5, 0.89, 0.41, 0.18, 0.09), (54, 120)),
@@ -108,17 +110,12 @@ class Cifar10(Classification):
         holdout: bool = False,
     ):
         super().__init__(device)
-        every, step = DATA.sizes["train"], 5 * self.batch_size
-        size = every if limit is None else limit
-        if limit is not None and not (step <= size <= every and size % step == 0):
-            raise UserError(f"the limit must be a multiple of {step} up to {every:,}; got {limit:,}")
+        chosen = subset(DATA.sizes, limit, holdout, self.batch_size)
         data = DATA.load(folder)
         whiten = Whitening.fitted(data["train_images"], WHITENING, self.device)
-        fifth = size // 5
-        self.holdout = fifth if holdout else 0
-        self.train = self._part(data, whiten, "train", slice(size - self.holdout))
-        scored = ("train", slice(size - fifth, size)) if holdout else ("test", slice(fifth))
-        self.test = self._part(data, whiten, *scored)
+        self.holdout = chosen.held_out
+        self.train = self._part(data, whiten, "train", chosen.train)
+        self.test = self._part(data, whiten, chosen.scored, chosen.where)
 
     def _part(self, data: dict[str, Tensor], whiten: Whitening, split: str, which: slice) -> tuple[Tensor, Tensor]:
         return whiten(data[f"{split}_images"][which]), data[f"{split}_labels"][which].to(self.device)

@@ -1,10 +1,10 @@
 """What a task is: something to train, with the data, the loss and the settings that its experiment fixes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,15 @@ from torch.optim.optimizer import ParamsT
 import weightnorm as wn
 
 Batch = Any  # whatever the task's own ``loss`` takes
+Part = Literal["train", "test"]
 Norm = Callable[[int], nn.Module]  # from a number of channels to a layer that normalises their pre-activations
 
 
-class Scores(NamedTuple):
-    """How a model does on held-out data: mean loss, and error in percent."""
+class Measure(NamedTuple):
+    """A number that says how a model does, the lower the better: its name, and the decimals worth showing."""
 
-    loss: float
-    error: float
+    label: str
+    digits: int
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,14 @@ class PaperArm:
     """What a paper reports of an arm.
 
     Attributes:
-        test_error: at the end, in percent.
-        train_error: epoch, from 0 -> training error, in percent.
-        first_epoch: training error, in percent -> first epoch at or under it.
+        curve: epoch, from 0 -> what was measured, as far as it is known.
+        first_epoch: a level -> first epoch at or under it.
+        final: what was measured at the end.
     """
 
-    test_error: float
-    train_error: Mapping[int, float]
+    curve: Mapping[int, float]
     first_epoch: Mapping[float, int]
+    final: float
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,23 @@ class Paper:
 
     Attributes:
         epochs: how long it trained.
-        train_epochs: at which of them training errors are known.
-        levels: training errors, in percent, of which the first epoch is known.
+        curve: what it shows along the way: "train" or "test", and the name of a measure of the task.
+        at: at which epochs, from 0, it is known.
+        levels: those of which the first epoch is known.
+        final: what it reports at the end, as ``curve``.
         arms: by the arm's name.
+        scaled: where fewer epochs are trained, an epoch is compared with that at the same place in the schedule; else
+            with the one of the same number.
         notes: what a reader who compares needs to know.
     """
 
     epochs: int
-    train_epochs: tuple[int, ...]
+    curve: tuple[Part, str]
+    at: tuple[int, ...]
     levels: tuple[float, ...]
+    final: tuple[Part, str]
     arms: Mapping[str, PaperArm]
+    scaled: bool = True
     notes: tuple[str, ...] = ()
 
 
@@ -69,7 +77,15 @@ class Task(ABC):
 
     Attributes:
         name: what it is called on the command line.
-        v_std: the standard deviation from which the experiment draws ``v``. Default 0.05, the paper's.
+        measures: what is measured at every step and on held-out data, by name; the first is "loss".
+        headline: the one that people look at.
+        v_std: the standard deviation from which the experiment draws ``v``. Default 0.05, the paper's. None: ``v`` is
+            the weight itself.
+        init_std: what data-dependent initialisation gives the layers' outputs, as in ``wn.data_init``. Default 1.
+        max_norm: gradients, those of lengths and directions where there are any, are clipped to it. None: they are not.
+        average_epochs: how many epochs the running average of the weights, which is what is scored, goes back. None:
+            the weights themselves are scored.
+        finals: what is measured besides when training has ended, by name.
         rates: the experiment's learning rate in each arm, by the arm's name; where none is known, the user says.
         paper: what the paper reports of the experiment, if it is one of a paper's.
         holdout: how many training examples it is scored on in place of the test set, to choose settings by; 0: none.
@@ -79,7 +95,13 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    v_std: ClassVar[float] = 0.05
+    measures: ClassVar[Mapping[str, Measure]]
+    headline: ClassVar[str] = "loss"
+    v_std: ClassVar[float | None] = 0.05
+    init_std: ClassVar[float | Mapping[str, float]] = 1.0
+    max_norm: ClassVar[float | None] = None
+    average_epochs: ClassVar[float | None] = None
+    finals: ClassVar[Mapping[str, Measure]] = MappingProxyType({})
     rates: ClassVar[Mapping[str, float]] = MappingProxyType({})
     paper: ClassVar[Paper | None] = None
     holdout: int = 0
@@ -102,19 +124,27 @@ class Task(ABC):
 
     @abstractmethod
     def init_batch(self) -> Any:
-        """Return what ``wn.data_init`` passes through a model; the same at every call."""
+        """Return what ``wn.data_init`` passes through a model, the same at every call; None: weights stay as drawn."""
 
     @abstractmethod
     def train_batches(self, seed: int, epoch: int) -> Iterator[Batch]:
         """Yield an epoch's batches, in an order that depends on seed and epoch and on nothing else."""
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the mean loss over a batch, to differentiate, and the share of its examples that are got wrong."""
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+        """Return the mean loss over a batch, to differentiate, and then its other measures, in their order."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module) -> Scores:
-        """Score a model, in eval mode, on held-out data."""
+    def evaluate(self, model: nn.Module) -> Sequence[float]:
+        """Score a model, in eval mode, on held-out data; return all measures in their order."""
+
+    def finish(self, model: nn.Module) -> Mapping[str, float]:
+        """Score a model that is trained, in eval mode, by ``finals``. Default: by nothing more."""
+        return {}
+
+    def pictures(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """Return pictures of what a model in eval mode does: title -> (rows, columns, C, H, W) in [0, 1]. None here."""
+        return {}
 
     def schedule(self, epoch: int, epochs: int) -> Schedule:
         """Return the optimizer's settings in an epoch, counted from 0, of so many. Default: they stay."""
@@ -122,8 +152,9 @@ class Task(ABC):
 
     def draw_weights(self, model: nn.Module) -> None:
         """Draw the experiment's initial weights: v ~ N(0, v_std²), biases 0 (section 3)."""
+        assert self.v_std is not None, "an experiment without one draws its weights as it does"
         for layer in model.modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
+            if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.normal_(layer.weight, std=self.v_std)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)

@@ -1,0 +1,26 @@
+"""The running average of a model's weights (Polyak averaging), which some experiments score in place of the last."""
+
+import copy
+
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class Average:
+    """An exponential moving average that, at first, goes back no further than a fifth of the training so far.
+
+    Args:
+        model: whose parameters.
+        epochs: how many it goes back.
+        steps: how many steps an epoch has.
+    """
+
+    def __init__(self, model: nn.Module, epochs: float, steps: int):
+        self.model = copy.deepcopy(model)
+        self._epochs, self._steps = epochs, steps
+
+    def update(self, model: nn.Module, epoch: int) -> None:
+        """Take in the parameters of the model after a step of an epoch, counted from 0."""
+        length = max(min(self._epochs, (epoch + 1) / 5) * self._steps, 1)
+        average = get_ema_multi_avg_fn(1 - 1 / length)
+        average(list(self.model.parameters()), list(model.parameters()), None)

@@ -240,6 +240,7 @@ def test_every_arm_of_the_paper_has_its_norms_and_its_rate(task, name):
     assert sum(type(layer) is norm for layer in model) == (10 if norm else 0)
     assert all((layer.bias is None) == bool(norm) for layer in model if isinstance(layer, nn.Conv2d))
     assert task.rates[name] == (0.0003 if name == "plain" else 0.003)
+    assert task.rates["plain_released"] == 0.0003
 
 
 def test_the_schedule_is_the_papers(task):

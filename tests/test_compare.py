@@ -178,6 +178,28 @@ def test_arms_start_from_the_same_function():
         assert torch.allclose(model(task.init_batch()), plain, atol=2e-4) == same, name
 
 
+def test_the_released_codes_plain_arm_steps_on_what_a_fixed_scale_multiplies():
+    task = Tiny()
+    model = initial_model(task, ARMS["plain_released"], seed=3)
+    torch.manual_seed(3)
+    outputs = model.train()(task.init_batch())
+    first, last = model[0], model[3]
+    bound = (6 / (9 + 4 * 9)) ** 0.5
+    drawn = first.parametrizations.weight.original
+    assert drawn.abs().max().item() <= bound
+    assert drawn.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
+    assert {name for name, _ in model.named_parameters()} == {
+        f"{i}.{name}" for i in (0, 3) for name in ("bias", "parametrizations.weight.original")
+    }
+    pre = nn.functional.conv2d(task.images, first.weight, first.bias)
+    torch.testing.assert_close(pre.std((0, 2, 3), correction=0), torch.ones(4), rtol=0, atol=1e-4)
+    before, scale = last.weight.detach().clone(), last.parametrizations.weight[0].scale
+    assert scale.shape == (2, 1, 1, 1)
+    outputs.square().sum().backward()
+    torch.optim.Adam(model.parameters(), lr=0.001).step()
+    torch.testing.assert_close((last.weight - before).abs(), (0.001 * scale).expand_as(before), rtol=1e-2, atol=0)
+
+
 def test_batch_norm_starts_from_the_directions_of_the_others():
     task, directions = load_task("fashion"), []
     for name in ("plain", "batch_norm"):

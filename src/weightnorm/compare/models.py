@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, register_parametrization
 
 import weightnorm as wn
 from weightnorm.compare.arms import Arm
@@ -27,13 +27,47 @@ def initial_model(task: Task, arm: Arm, seed: int) -> nn.Module:
     """
     torch.manual_seed(seed)
     model = task.model(_NORMS[arm.norm])
-    if arm.init != "torch":
-        torch.manual_seed(seed)  # again: layers with biases have drawn more than those without
-        task.draw_weights(model)
-    batch = task.init_batch() if arm.init == "data" else None
-    if batch is not None:
+    if arm.init == "torch":
+        return model
+    torch.manual_seed(seed)  # again: layers with biases have drawn more than those without
+    if arm.init == "released":
+        _as_released(model, task)
+        return model
+    task.draw_weights(model)
+    batch = task.init_batch()
+    if arm.init == "data" and batch is not None:
         wn.data_init(model, batch, std=task.init_std)
     return model
+
+
+def _as_released(model: nn.Module, task: Task) -> None:
+    """Initialise as openai/weightnorm's ``no_norm``, whose optimizer steps on what a fixed scale multiplies."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    for layer in layers:
+        nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    drawn = [layer.weight.detach().clone() for layer in layers]
+    wn.data_init(model, task.init_batch(), std=task.init_std)
+    for layer, weight in zip(layers, drawn, strict=True):
+        scale = wn.formula.decompose(layer.weight.detach())[1] / wn.formula.decompose(weight)[1]
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+        register_parametrization(layer, "weight", _Scaled(scale))
+
+
+class _Scaled(nn.Module):
+    """A weight that is a parameter times a fixed scale, one an output unit."""
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor):
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight."""
+        return self.scale * weight
 
 
 def module_form(model: nn.Module, v_std: float | None, lr: float, g_lr: float | str) -> list[dict[str, Any]]:

@@ -71,6 +71,11 @@ OPTIONS = {
     "width": Option("Feature maps of every layer.", {"vae_cifar10": 64}),
     "depth": Option("Layers of latents in each of two levels.", {"vae_cifar10": 2}),
     "glimpses": Option("How often the network looks and writes.", {"draw": 64}),
+    "lengths": Option(
+        "Lengths of initial weight vectors: as drawn, or 1 in both arms, as if g began there.",
+        {"draw": "drawn"},
+        ("drawn", "one"),
+    ),
     "attention": Option("Look and write selectively.", {"draw": True}),
 }
 

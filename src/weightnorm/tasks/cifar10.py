@@ -102,7 +102,7 @@ class Cifar10(Classification):
     """
 
     name: ClassVar[str] = "cifar10"
-    v_std: ClassVar[float] = 0.05  # v ~ N(0, 0.05²), in every arm [P]
+    v_std: float | None = 0.05  # v ~ N(0, 0.05²), in every arm [P]
     rates: ClassVar[Mapping[str, float]] = RATES
     paper: ClassVar[Paper | None] = PAPER
 

@@ -97,7 +97,7 @@ class Task(ABC):
     name: ClassVar[str]
     measures: ClassVar[Mapping[str, Measure]]
     headline: ClassVar[str] = "loss"
-    v_std: ClassVar[float | None] = 0.05
+    v_std: float | None = 0.05
     init_std: ClassVar[float | Mapping[str, float]] = 1.0
     max_norm: ClassVar[float | None] = None
     average_epochs: ClassVar[float | None] = None

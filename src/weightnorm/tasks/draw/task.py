@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from weightnorm.errors import UserError
-from weightnorm.tasks.draw.network import Draw
+from weightnorm.tasks.draw.network import WEIGHTS_STD, Draw
 from weightnorm.tasks.generative import SHOWN
 from weightnorm.tasks.mnist import BinaryMnist
 from weightnorm.tasks.task import Norm, Paper, PaperArm
@@ -55,6 +55,8 @@ class DrawMnist(BinaryMnist):
         holdout: score on a fifth of the training images, in place of the test images, and train on the others.
         binarise: "fixed": draw black and white training images once [D]; "dynamic": anew at every step.
         glimpses: how often it looks and writes. Default 64 [D].
+        lengths: "drawn": initial weights are as drawn in both arms, and v = w [P]; "one": their vectors then get length
+            1, and v keeps what was drawn.
         attention: look and write through small patches; False: at whole images.
 
     Raises:
@@ -62,7 +64,6 @@ class DrawMnist(BinaryMnist):
     """
 
     name: ClassVar[str] = "draw"
-    v_std: ClassVar[float | None] = None  # initial weights are those of the plain arm [P]
     max_norm: ClassVar[float | None] = CLIP
     rates: ClassVar[Mapping[str, float]] = MappingProxyType({"plain": RATE, "weight_norm": RATE})
     paper: ClassVar[Paper | None] = PAPER
@@ -75,12 +76,14 @@ class DrawMnist(BinaryMnist):
         holdout: bool = False,
         binarise: str = "fixed",
         glimpses: int = 64,
+        lengths: str = "drawn",
         attention: bool = True,
     ):
         if glimpses < 1:
             raise UserError(f"DRAW needs a glimpse or more; got --glimpses {glimpses}")
         super().__init__(device, folder, limit, holdout, binarise)
-        self.glimpses, self.attention = glimpses, attention
+        self.glimpses, self.lengths, self.attention = glimpses, lengths, attention
+        self.v_std = None if lengths == "drawn" else WEIGHTS_STD
 
     def init_batch(self) -> Tensor | None:
         """Return None: weights stay as drawn [P]."""
@@ -96,6 +99,10 @@ class DrawMnist(BinaryMnist):
         """Draw initial weights, N(0, 0.01²), biases 0 [D]."""
         assert isinstance(model, Draw)
         model.draw_weights()
+        if self.lengths == "one":
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.data = nn.functional.normalize(parameter.data)
 
     def pictures(self, model: nn.Module) -> Mapping[str, Tensor]:
         """Return samples, reconstructions, and canvases unfolding over the glimpses, a row each."""

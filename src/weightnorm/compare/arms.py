@@ -30,10 +30,10 @@ PLAIN = "plain"  # the arm that the others are measured against
 _TABLE = (
     Arm(PLAIN, "plain weights, initialised as those of the other arms"),
     Arm("plain_default_init", "plain weights, torch's default initialisation", init="torch"),
-    Arm("plain_released", "plain weights as in the paper's released code: times a fixed scale", init="released"),
     Arm("weight_norm", "weight normalization in the optimizer", weight_norm=True),
     Arm("weight_norm_mean_only", "weight normalization and mean-only batch norm", weight_norm=True, norm="mean_only"),
     Arm("batch_norm", "plain weights and batch norm", norm="batch", init="normal"),
     Arm("mean_only", "plain weights and mean-only batch norm", norm="mean_only"),
+    Arm("plain_released", "plain weights as in the paper's released code: times a fixed scale", init="released"),
 )
 ARMS = {arm.name: arm for arm in _TABLE}

@@ -32,6 +32,9 @@ def draw_curves(results: Record) -> Figure:
     label = results["measures"][headline]["label"]
     by_epoch.set(title=f"{label} (solid: test, dotted: training)", xlabel="epochs")
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (by_step, by_second):
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     window = results["options"]["steps_per_epoch"]
     for name, arm in results["arms"].items():
         losses = [trailing_means(run, window) for run in _of_best(arm, "step_loss")]

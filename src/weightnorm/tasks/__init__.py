@@ -68,7 +68,7 @@ OPTIONS = {
         ("dynamic", "fixed"),
     ),
     "flows": Option("Steps of the inverse autoregressive flow.", {"vae": 2}),
-    "width": Option("Feature maps of every layer.", {"vae_cifar10": 64}),
+    "width": Option("Feature maps of every layer.", {"vae_cifar10": 96}),
     "depth": Option("Layers of latents in each of two levels.", {"vae_cifar10": 2}),
     "glimpses": Option("How often the network looks and writes.", {"draw": 64}),
     "lengths": Option(

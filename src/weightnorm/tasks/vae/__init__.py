@@ -1,1 +1,1 @@
-"""The network of the paper's experiment 5.2: a convolutional variational autoencoder of MNIST."""
+"""The convolutional variational autoencoders of section 5.2."""

@@ -84,7 +84,7 @@ class CifarVae(Autoencoder):
         folder: Path | None = None,
         limit: int | None = None,
         holdout: bool = False,
-        width: int = 64,
+        width: int = 96,
         depth: int = 2,
     ):
         super().__init__(device)

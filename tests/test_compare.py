@@ -18,7 +18,7 @@ from weightnorm.compare.results import device_name, results
 from weightnorm.compare.run import Epoch, Run, Setting
 from weightnorm.compare.table import columns, evidence, notes, rows
 from weightnorm.tasks import TASKS, load_task
-from weightnorm.tasks.task import Measure, Schedule, Task
+from weightnorm.tasks.task import Measure, Paper, Schedule, Task
 
 DEFAULT_ARMS = TASKS["fashion"].arms
 KEYS = {"task", "measures", "headline", "finals", "paper", "command", "device", "versions", "seeds", "arms", "options"}
@@ -308,6 +308,38 @@ def test_mean_ratio_is_the_t_interval_of_the_logarithm():
     assert (ratio.low, ratio.high) == pytest.approx((2 ** (-2 - half), 2 ** (-2 + half)), rel=1e-3)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_of_values_that_are_not_finite_there_is_no_mean(bad):
+    found = spread([1.0, bad])
+    assert math.isnan(found.mean)
+    assert (found.standard_error, found.n) == (None, 2)
+
+
+def test_one_seed_that_diverges_leaves_a_report(tmp_path, monkeypatch):
+    comparison = made_up({(arm, 0.1, seed): [4, 3, 2] for arm in ("plain", "weight_norm") for seed in (0, 1)})
+    for run in comparison.runs[1:]:
+        run.epochs[-1] = made_up_epoch(math.nan, 1.0)
+    monkeypatch.setattr(Tiny, "paper", TINY_PAPER)
+    record = results(comparison, "")
+    assert record["arms"]["plain"]["final"]["train_loss"]["mean"] is None
+    write_report(record, tmp_path)
+    assert "diverged" in (tmp_path / "report.html").read_text()
+
+
+def test_a_setting_that_ends_in_nan_on_held_out_examples_loses(monkeypatch):
+    comparison = made_up({("plain", 0.1, 0): [4, 3, 2], ("plain", 0.2, 0): [4, 3, 2.5]})
+    comparison.runs[0].epochs[-1].test["error"] = math.nan
+    monkeypatch.setattr(Tiny, "holdout", 10)
+    assert results(comparison, "")["arms"]["plain"]["lr"] == 0.2
+
+
+def test_what_was_asked_of_the_task_is_told():
+    comparison = made_up({("plain", 0.1, 0): [4, 3, 2]})
+    record = results(comparison, "", {"limit": None, "glimpses": 8, "attention": False})
+    assert "Of the task: glimpses 8, attention no." in notes(record)
+    assert record["options"]["of_the_task"] == {"limit": None, "glimpses": 8, "attention": False}
+
+
 def test_spread_is_mean_and_standard_error():
     assert spread([1.0, 2.0, 3.0]) == pytest.approx((2, 1 / 3**0.5, 3))
     assert spread([5.0]) == (5, None, 1)
@@ -328,6 +360,9 @@ def test_spread_is_mean_and_standard_error():
 )
 def test_verdict(pairs, seeds, said):
     assert verdict(mean_ratio(pairs), len(pairs), seeds) == said
+
+
+TINY_PAPER = Paper(3, ("train", "error"), (0, 2), (12.0,), ("test", "error"), {})
 
 
 def made_up_epoch(loss, seconds):
@@ -352,7 +387,7 @@ def test_held_out_examples_choose_the_setting_and_the_test_set_does_not(monkeypa
     monkeypatch.setattr(Tiny, "holdout", holdout)
     record = results(comparison, "weightnorm compare")
     assert record["arms"]["plain"]["lr"] == lr
-    assert ("10 training examples held out" in " ".join(notes(record))) == bool(holdout)
+    assert ("is 10 training examples held out" in " ".join(notes(record))) == bool(holdout)
 
 
 def test_each_arm_is_judged_at_its_best_against_plain_at_its_best():

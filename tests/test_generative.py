@@ -1,5 +1,7 @@
 """The paper's generative experiments: their settings, how digits are drawn, what is made of a model's two numbers."""
 
+import importlib
+import inspect
 import io
 import json
 import math
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from test_cifar10 import made
-from weightnorm import cli
+from weightnorm import cli, tasks
 from weightnorm.compare.arms import ARMS
 from weightnorm.compare.loop import Comparison, Options
 from weightnorm.compare.models import initial_model
@@ -23,6 +25,7 @@ from weightnorm.tasks.draw.task import DrawMnist
 from weightnorm.tasks.generative import Generative
 from weightnorm.tasks.hub import HubData
 from weightnorm.tasks.vae import mnist as vae_mnist
+from weightnorm.tasks.vae.cifar10 import CifarVae
 from weightnorm.tasks.vae.mnist import MnistVae
 
 SIZES = {"train": 600, "test": 200}
@@ -50,7 +53,7 @@ def few_samples(monkeypatch):
     monkeypatch.setattr(vae_mnist, "SAMPLES", 4)
 
 
-TASKS = {
+MADE = {
     "vae": lambda folder, **more: MnistVae("cpu", folder, **{"flows": 1, **more}),
     "draw": lambda folder, **more: DrawMnist("cpu", folder, **{"glimpses": 2, **more}),
 }
@@ -118,7 +121,7 @@ def test_draws_settings_are_those_of_the_code(digits):
 
 
 def test_draws_arms_begin_with_the_same_untouched_weights(digits):
-    task = TASKS["draw"](digits)
+    task = MADE["draw"](digits)
     one, other = (initial_model(task, arm, 3) for arm in PAIR)
     for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -136,7 +139,7 @@ def test_draws_weight_vectors_may_begin_with_length_one(digits):
 
 
 def test_the_vaes_arms_begin_with_the_same_function_and_masks_in_place(digits):
-    task = TASKS["vae"](digits)
+    task = MADE["vae"](digits)
     one, other = (initial_model(task, arm, 3) for arm in PAIR)
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
     masked = [layer for layer in one.modules() if hasattr(layer, "mask")]
@@ -144,10 +147,10 @@ def test_the_vaes_arms_begin_with_the_same_function_and_masks_in_place(digits):
     assert all(not layer.weight[~layer.mask].any() for layer in masked)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", MADE)
 def test_there_is_no_batch_norm_in_either(digits, name):
     with pytest.raises(UserError, match="leave that arm out"):
-        TASKS[name](digits).model(nn.BatchNorm2d)
+        MADE[name](digits).model(nn.BatchNorm2d)
 
 
 def test_a_glimpse_is_the_least(digits):
@@ -155,9 +158,9 @@ def test_a_glimpse_is_the_least(digits):
         DrawMnist("cpu", digits, glimpses=0)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", MADE)
 def test_both_forms_take_the_same_steps(digits, name, few_samples):
-    task, losses = TASKS[name](digits, limit=500), []
+    task, losses = MADE[name](digits, limit=500), []
     for form in ("optimizer", "module"):
         comparison = Comparison(task, Options(PAIR[1:], 1, (), form=form, rates=task.rates))
         comparison.train()
@@ -180,8 +183,8 @@ class Linear(nn.Module):
         covariance = self.w @ self.w.T + self.noise**2 * torch.eye(2)
         return torch.distributions.MultivariateNormal(torch.zeros(2), covariance)
 
-    def forward(self, x):
-        x = x.flatten(1)
+    def forward(self, x, samples=1):
+        x = x.flatten(1).repeat_interleave(samples, dim=0)
         precision = torch.eye(2) + self.w.T @ self.w / self.noise**2
         mean = torch.linalg.solve(precision, self.w.T @ x.T / self.noise**2).T
         posterior = torch.distributions.MultivariateNormal(mean + self.off, precision_matrix=precision)
@@ -240,9 +243,9 @@ def test_a_png_shows_images_in_their_places():
     assert (pixels == 0).sum() == 5 * 20
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", MADE)
 def test_every_model_draws(digits, name):
-    task = TASKS[name](digits)
+    task = MADE[name](digits)
     comparison = Comparison(task, Options(PAIR[:1], 1, (), rates=task.rates))
     comparison.prepare()
     (run,) = comparison.runs
@@ -266,17 +269,54 @@ def test_every_model_draws(digits, name):
     [
         ("vae --glimpses 3", "--glimpses is an option of draw, not of vae; leave it out"),
         ("cifar10 --binarise fixed", "--binarise is an option of vae and draw, not of cifar10; leave it out"),
+        ("draw --arms batch_norm --lr 0.1 --limit 500", "has no layers that a batch norm follows; leave that arm out"),
+        ("vae --arms plain_released --limit 500", "the paper's released code does not train vae; leave plain_released"),
         ("draw --glimpses 0", "DRAW needs a glimpse or more; got --glimpses 0"),
         ("draw --arms plain,mean_only", "the experiment draw has no learning rate for mean_only; give one with --lr"),
         ("vae --data /dev/null", "mnist: no train-*.parquet under /dev/null; name the folder"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(digits, asked, words, capsys, monkeypatch):
+def test_a_mistake_is_told_in_one_line(digits, asked, words, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("WEIGHTNORM_DATA", str(digits.parent))
-    assert cli.run(["compare", *asked.split()]) == 2
+    assert cli.run(["compare", *asked.split(), "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert words in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "found"),
+    [
+        ("vae", "cifar10", ("vae_cifar10", None)),
+        ("vae", "./cifar10", ("vae", "./cifar10")),
+        ("vae", None, ("vae", None)),
+        ("draw", "cifar10", ("draw", "cifar10")),
+    ],
+)
+def test_data_may_name_the_data_set_of_a_variant(task, data, found):
+    assert cli._variant(task, data) == found
+
+
+@pytest.mark.parametrize("task", ["vae", "vae_cifar10", "draw"])
+def test_options_have_the_same_defaults_from_the_command_line_and_from_python(task):
+    home, _, cls = tasks.TASKS[task].home.partition(":")
+    signature = inspect.signature(getattr(importlib.import_module(home), cls))
+    for name, value in tasks.all_options(task, {}).items():
+        assert signature.parameters[name].default == value, name
+    assert set(signature.parameters) == {"device", "folder", "limit", "holdout", *tasks.all_options(task, {})}
+
+
+def test_the_papers_numbers_stand_at_their_epochs():
+    """Read off figures 3 and 4; epochs are counted from 0."""
+    vae, deep, draw = MnistVae.paper, CifarVae.paper, DrawMnist.paper
+    assert (vae.arms["plain"].curve[49], vae.arms["weight_norm"].curve[199]) == (87.30, 85.41)
+    assert (vae.arms["plain"].final, vae.arms["weight_norm"].final) == (85.83, 85.33)
+    assert deep.arms["plain"].final == pytest.approx(3.70, abs=0.005)
+    assert deep.arms["weight_norm"].curve[449] == pytest.approx(3.64, abs=0.005)
+    assert draw.arms["plain"].curve == {39: 115.6, 49: 101.5, 59: 95.4, 79: 91.3, 99: 89.4}
+    assert draw.arms["weight_norm"].curve[9] == 102.5
+    assert (draw.arms["plain"].first_epoch[89.4], draw.arms["weight_norm"].first_epoch[89.4]) == (99, 34)
 
 
 def test_options_reach_the_task(digits):

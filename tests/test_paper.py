@@ -44,7 +44,7 @@ def test_epochs_are_those_at_the_same_place_in_the_schedule(record):
         ],
         ["weight_norm", "20.00", "10.00", "10.00", "10.00", "0", "–", "0.50, 0.50x"],
     ]
-    assert record["paper"]["notes"][1:] == [
+    assert record["paper"]["notes"][2:] == [
         "The paper trained 5 epochs, this 3: epochs at the same place in the schedule.",
         "A note.",
     ]

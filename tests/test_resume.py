@@ -13,6 +13,7 @@ from test_compare import Tiny
 from weightnorm import cli
 from weightnorm.compare import command, saving
 from weightnorm.compare.saving import NAME, Request
+from weightnorm.errors import UserError
 
 REQUEST = Request("tiny", ("plain", "weight_norm", "weight_norm_mean_only"), 4, (0.01, 0.03), (1.0, "sqrt"), 2)
 
@@ -67,7 +68,7 @@ def test_it_goes_on_to_the_last_bit(tmp_path, pauses, form):
         comparison.train(pause=lambda counted=counted: next(counted))
         saving.save(tmp_path, request, comparison)
         torch.rand(3)
-        asked, runs = saving.load(tmp_path)
+        asked, runs = saving.load(tmp_path, "cpu")
         comparison = asked.comparison("cpu")
         saving.restore(comparison, runs)
     comparison.train()
@@ -84,7 +85,7 @@ def test_averages_and_finals_go_on_too(tmp_path, monkeypatch):
     comparison.train(pause=lambda: next(counted))
     assert sum(bool(run.finals) for run in comparison.runs) == 70 - 3 * len(comparison.runs)
     saving.save(tmp_path, REQUEST, comparison)
-    asked, runs = saving.load(tmp_path)
+    asked, runs = saving.load(tmp_path, "cpu")
     comparison = asked.comparison("cpu")
     saving.restore(comparison, runs)
     comparison.train()
@@ -120,7 +121,7 @@ def test_a_checkpoint_is_left_every_so_many_epochs(tmp_path, monkeypatch):
     saved, save = [], saving.save
     monkeypatch.setattr(command, "save", lambda *given: saved.append(1) or save(*given))
     assert command.compare_and_report(REQUEST, tmp_path, "cpu", None, 2) == 0
-    assert len(saved) == 1  # after 2 of 4 epochs; after the last there is the report
+    assert len(saved) == 2  # after 2 of 4 epochs, and before the report, after which it is taken away
     assert not (tmp_path / NAME).exists()
 
 
@@ -146,6 +147,12 @@ def test_what_is_no_checkpoint_is_told_in_one_line(tmp_path, content, words, cap
 def test_options_beside_resume_are_refused(capsys):
     assert cli.run(["compare", "fashion", "--lr", "0.1", "--resume", "somewhere"]) == 2
     assert "leave TASK, --lr out" in capsys.readouterr().err.replace("task,", "TASK,")
+
+
+def test_it_goes_on_on_the_kind_of_device_it_ran_on_alone(tmp_path):
+    saving.save(tmp_path, REQUEST, REQUEST.comparison("cpu"))
+    with pytest.raises(UserError, match="ran on cpu and cannot go on on cuda: name it with --device"):
+        saving.load(tmp_path, "cuda:1")
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

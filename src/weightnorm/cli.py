@@ -140,8 +140,9 @@ def weightnorm(context: click.Context) -> None:
 )
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
-    help="Folder with the task's data in the Hub's layout.  [default: $WEIGHTNORM_DATA/<task>; else it is downloaded]",
+    metavar="PATH",
+    help="Folder with the task's data in the Hub's layout; 'cifar10' alone: for vae, the deeper one on that data set.  "
+    "[default: cifar10 or mnist in $WEIGHTNORM_DATA; else it is downloaded]",
 )
 @click.option(
     "--holdout",
@@ -213,12 +214,12 @@ def compare(
     options["options"] = {name: value for name, value in own.items() if value is not None}
     for name in ("arms", "epochs", "lrs", "seeds"):
         options[name] = options[name] or getattr(TASKS[task], name)
-    options["data"] = str(options["data"].absolute()) if options["data"] else None
+    options["data"] = str(Path(options["data"]).absolute()) if options["data"] else None
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     return compare_and_report(Request(task, **options), folder, device, max_minutes, checkpoint_every)
 
 
-def _variant(task: str, data: Path | None) -> tuple[str, Path | None]:
+def _variant(task: str, data: str | None) -> tuple[str, str | None]:
     """Return the task, and where its data is; ``--data`` may name the data set of a variant of the task."""
     return (variant, None) if (variant := f"{task}_{data}") in TASKS else (task, data)
 

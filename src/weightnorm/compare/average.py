@@ -7,7 +7,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Average:
-    """An exponential moving average that, at first, goes back no further than a fifth of the training so far.
+    """An exponential moving average of the parameters: of lengths and directions apart, where the model holds them.
+
+    At first it goes back a fifth of the epochs up to the present one, or it would remember the initial weights.
 
     Args:
         model: whose parameters.

@@ -99,7 +99,5 @@ def step_losses(epochs: Sequence[Epoch]) -> list[float]:
 def _final(best: Best, held_out: str | None) -> float:
     """Return the mean over seeds of what the last epoch measured; infinity where a run diverged."""
     last = [epochs[-1] for epochs in best.histories.values()]
-    diverged = not all(math.isfinite(epoch.train["loss"]) for epoch in last)
-    if diverged or not last:
-        return math.inf
-    return fmean(epoch.test[held_out] if held_out else epoch.train["loss"] for epoch in last)
+    scores = [epoch.test[held_out] if held_out else epoch.train["loss"] for epoch in last]
+    return fmean(scores) if scores and all(map(math.isfinite, scores)) else math.inf

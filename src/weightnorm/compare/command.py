@@ -53,24 +53,25 @@ def resume_and_report(folder: Path, device: str, minutes: float | None, every: i
     Raises:
         UserError: if there is none in the folder, or the device or the data cannot be used.
     """
-    request, runs = load(folder)
-    comparison = request.comparison(usable_device(device))
+    device = usable_device(device)
+    request, runs = load(folder, device)
+    comparison = request.comparison(device)
     restore(comparison, runs)
     return _finish(request, comparison, folder, minutes, every)
 
 
 def _finish(request: Request, comparison: Comparison, folder: Path, minutes: float | None, every: int) -> int:
+    comparison.prepare()  # what cannot be made is told before anything is written
     make_writable(folder)
     torch.backends.cudnn.deterministic = request.deterministic
     torch.backends.cudnn.benchmark = not request.deterministic  # batches keep their shape
     interrupted = not train(comparison, Keeper(folder, request, comparison, every, minutes))
-    if comparison.finished:
-        (folder / NAME).unlink(missing_ok=True)
-    else:
-        save(folder, request, comparison)
-    summary = results(comparison, shlex.join(["weightnorm", *sys.argv[1:]]))
+    save(folder, request, comparison)
+    summary = results(comparison, shlex.join(["weightnorm", *sys.argv[1:]]), request.of_the_task())
     write_report(summary, folder, pictures(comparison, summary))
     show(summary, folder)
+    if comparison.finished:
+        (folder / NAME).unlink()
     if not comparison.finished:
         Console(stderr=True).print(f"Go on with: weightnorm compare --resume {folder}", highlight=False, soft_wrap=True)
     return INTERRUPTED if interrupted else 0

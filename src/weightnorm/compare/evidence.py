@@ -29,9 +29,11 @@ class Ratio(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Return mean and standard error over seeds, or None of nothing."""
+    """Return mean and standard error over seeds, or None of nothing; NaN where one of them is not finite."""
     if not values:
         return None
+    if not all(map(math.isfinite, values)):
+        return Spread(math.nan, None, len(values))
     return Spread(fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else None, len(values))
 
 

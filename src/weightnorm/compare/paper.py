@@ -9,7 +9,7 @@ from weightnorm.compare.best import Best
 from weightnorm.compare.evidence import spread
 from weightnorm.compare.run import Epoch
 from weightnorm.compare.table import NOTHING
-from weightnorm.tasks.task import Paper, Part, Task
+from weightnorm.tasks.task import Paper, Split, Task
 
 
 def beside_paper(task: Task, best: Mapping[str, Best], epochs: int) -> dict[str, Any] | None:
@@ -35,7 +35,9 @@ def beside_paper(task: Task, best: Mapping[str, Best], epochs: int) -> dict[str,
     plain = best.get(PLAIN)
     digits = max(2, task.measures[paper.final[1]].digits)
     rows = [_row(name, arm, paper, at, plain, digits) for name, arm in best.items()]
-    notes = ["In brackets: the paper's. Of a training curve: during the epoch, noise and dropout active."]
+    notes = ["In brackets: the paper's. Epochs are counted from 0."]
+    if paper.curve[0] == "train":
+        notes.append("Training errors are those during the epoch, noise and dropout active.")
     if epochs != paper.epochs:
         how = "at the same place in the schedule" if paper.scaled else "of the same number"
         notes.append(f"The paper trained {paper.epochs} epochs, this {epochs}: epochs {how}.")
@@ -60,7 +62,7 @@ def _row(name: str, best: Best, paper: Paper, at: Mapping[int, int], plain: Best
     return [name, *ours, _seconds(best, plain)]
 
 
-def _curve(which: tuple[Part, str], epochs: Sequence[Epoch]) -> list[float]:
+def _curve(which: tuple[Split, str], epochs: Sequence[Epoch]) -> list[float]:
     part, name = which
     return [getattr(epoch, part)[name] for epoch in epochs]
 

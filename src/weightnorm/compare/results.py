@@ -4,6 +4,7 @@ import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,13 @@ from weightnorm.compare.run import Run
 from weightnorm.compare.table import Record
 
 
-def results(comparison: Comparison, command: str) -> Record:
+def results(comparison: Comparison, command: str, of_the_task: Mapping[str, Any] = MappingProxyType({})) -> Record:
     """Sum up a comparison, finished or not.
 
     Args:
         comparison: the runs.
         command: what was typed.
+        of_the_task: what was asked of the task itself, for the reader.
 
     Returns:
         A dict of JSON's types; numbers that are not finite are None. An interrupted comparison is summed up at the
@@ -58,6 +60,7 @@ def results(comparison: Comparison, command: str) -> Record:
             "form": options.form,
             "precision": options.precision,
             "holdout": task.holdout,
+            "of_the_task": of_the_task,
         },
     }
     return dict(_to_json(record))
@@ -87,14 +90,16 @@ def versions() -> dict[str, str]:
 def _arm_record(arm: Arm, best: Best, runs: list[Run], plain: Best | None, measures: Iterable[str]) -> Record:
     """Return an arm at its best: means over seeds per epoch, where it ended, how it compares with plain, every run."""
     histories = [curves(epochs, measures) for epochs in best.histories.values()]
-    finished = [run.finals for run in runs if run.setting == best.setting and run.finals]
+    finished = [run.finals for run in runs if run.setting == best.setting]
     return {
         "description": arm.description,
         "lr": best.setting.lr,
         "g_lr": best.setting.g_lr,
         **{name: _mean_curve([history[name] for history in histories]) for name in curves((), measures)},
         "final": {name: spread([history[name][-1] for history in histories]) for name in curves((), measures)},
-        "finals": {name: spread([finals[name] for finals in finished]) for name in finished[0]} if finished else {},
+        "finals": {name: spread([finals[name] for finals in finished]) for name in finished[0]}
+        if finished and all(finished)
+        else {},
         "seconds_per_step": best.seconds_per_step(),
         **(_against_plain(best, plain) if plain else _NO_PLAIN),
         "runs": [_run_record(run, measures) for run in runs],

@@ -131,7 +131,8 @@ class Run:
                 seconds = self._now() - start
                 epoch = self._summed_up(measured, seconds)
                 if len(self.epochs) + 1 == self.total and math.isfinite(epoch.train["loss"]):
-                    finals = dict(self.task.finish(self.scored))
+                    with self._cast():
+                        finals = dict(self.task.finish(self.scored))
                 else:
                     finals = {}
         except BaseException:

@@ -10,10 +10,10 @@ from weightnorm.compare.arms import ARMS
 from weightnorm.compare.loop import Comparison, Options
 from weightnorm.compare.run import Epoch
 from weightnorm.errors import UserError
-from weightnorm.tasks import load_task
+from weightnorm.tasks import all_options, load_task
 
 NAME = "checkpoint.pt"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class Request:
     deterministic: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def of_the_task(self) -> dict[str, Any]:
+        """Return what was asked of the task itself, defaults included."""
+        return {"limit": self.limit, **all_options(self.task, self.options)}
+
     def comparison(self, device: str) -> Comparison:
         """Return what is to be trained.
 
@@ -62,6 +66,8 @@ class Request:
         folder = Path(self.data) if self.data else None
         task = load_task(self.task, device, folder, self.limit, self.holdout, self.options)
         unknown = [name for name in self.arms if name not in task.rates]
+        if task.rates and "plain_released" in unknown:
+            raise UserError(f"the paper's released code does not train {self.task}; leave plain_released out")
         if unknown and not self.lrs:
             names = ", ".join(unknown)
             raise UserError(f"the experiment {self.task} has no learning rate for {names}; give one with --lr")
@@ -82,18 +88,25 @@ def save(folder: Path, request: Request, comparison: Comparison) -> None:
     ]
     # Plain lists and numbers, which torch reads without running anything.
     asked = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(request).items()}
-    write(folder / NAME, File({"weightnorm_comparison": _FORMAT, "request": asked, "runs": runs}))
+    content = {"weightnorm_comparison": _FORMAT, "request": asked, "device": comparison.task.device.type, "runs": runs}
+    write(folder / NAME, File(content))
 
 
-def load(folder: Path) -> tuple[Request, list[Mapping[str, Any]]]:
+def load(folder: Path, device: str) -> tuple[Request, list[Mapping[str, Any]]]:
     """Read what ``save`` has left: what was asked for, and the runs as they were.
 
+    Args:
+        folder: where.
+        device: on which it goes on.
+
     Raises:
-        UserError: if there is nothing, or something else.
+        UserError: if there is nothing, or something else, or what ran on another kind of device.
     """
     content = read(folder / NAME).content
     if not isinstance(content, Mapping) or content.get("weightnorm_comparison") != _FORMAT:
         raise UserError(f"{folder / NAME} is no checkpoint of a comparison, or one of another version")
+    if (kind := device.partition(":")[0]) != content["device"]:
+        raise UserError(f"the comparison ran on {content['device']} and cannot go on on {kind}: name it with --device")
     return Request(**content["request"]), content["runs"]
 
 

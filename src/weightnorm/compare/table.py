@@ -40,6 +40,10 @@ def notes(results: Record) -> list[str]:
         "Steps and seconds are those to plain's mean training loss over its last epoch, seed by seed: until an arm's "
         "own mean over an epoch's worth of steps is no higher. In brackets: 95 % interval. Step time is in plain's.",
     ]
+    if options["holdout"]:
+        lines.append(f"What is here called test is {options['holdout']:,} training examples held out.")
+    if asked := {name: value for name, value in options["of_the_task"].items() if value is not None}:
+        lines.append("Of the task: " + ", ".join(f"{name} {_shown(value)}" for name, value in asked.items()) + ".")
     if len(options["g_lr"]) > 1:
         lines.append(
             f"Arms with weight normalization tried {_list(options['g_lr'])} as factors on the learning rate of lengths "
@@ -54,11 +58,10 @@ def _choice(results: Record) -> str:
     """Say how each arm came by its learning rate."""
     options = results["options"]
     if not options["lr"]:
-        return "Every arm ran at the learning rate of the experiment, its best there."
+        return "Every arm ran at the learning rate that it has in the experiment."
     by = "the lowest training loss in the last epoch"
     if options["holdout"]:
-        headline = results["measures"][results["headline"]]["label"]
-        by = f"the lowest {headline} on {options['holdout']:,} training examples held out (here called test) at the end"
+        by = f"the lowest {results['measures'][results['headline']]['label']} on the held-out examples at the end"
     tried = _list(options["lr"])
     return f"Every arm tried the learning rates {tried} and is shown at its best: {by}, averaged over seeds."
 
@@ -119,6 +122,10 @@ def _ratio(value: Record | None) -> str:
     if value is None or value["mean"] is None:
         return NOTHING
     return f"{value['mean']:.0%}" + ("" if value["low"] is None else f" ({value['low']:.0%}-{value['high']:.0%})")
+
+
+def _shown(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def _list(values: list[Any]) -> str:

@@ -114,11 +114,20 @@ def load_task(
     if not TASKS[name].has_folder and (folder or limit or holdout):
         raise UserError(f"the data of {name} comes with the package; leave --data, --limit and --holdout out")
     asked = {"folder": folder, "limit": limit, "holdout": holdout} if TASKS[name].has_folder else {}
-    task: Task = getattr(import_module(module), cls)(device, **asked, **_all_options(name, options))
+    task: Task = getattr(import_module(module), cls)(device, **asked, **all_options(name, options))
     return task
 
 
-def _all_options(task: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def all_options(task: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a task's own options, those that are not given at their defaults.
+
+    Args:
+        task: its name.
+        given: names of ``OPTIONS`` -> values.
+
+    Raises:
+        weightnorm.errors.UserError: if the task has no such option.
+    """
     own = {name: option.default[task] for name, option in OPTIONS.items() if task in option.default}
     for name in given:
         if name not in own:

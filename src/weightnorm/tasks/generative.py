@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from weightnorm.errors import UserError
 from weightnorm.tasks.in_memory import InMemory, Part
-from weightnorm.tasks.task import Measure
+from weightnorm.tasks.task import Measure, Norm
 
 SHOWN = 8  # rows and columns of images in a picture
 
@@ -51,3 +52,9 @@ class Generative(InMemory):
         rows = [part.unflatten(0, (-1, SHOWN)) for part in (self.shown(images), model.reconstruct(images))]  # type: ignore[operator]
         samples = model.sample(SHOWN**2).unflatten(0, (-1, SHOWN))  # type: ignore[operator]
         return {"samples": samples, "reconstructions": torch.stack(rows, dim=1).flatten(0, 1)}
+
+
+def refuse(norm: Norm | None) -> None:
+    """Refuse norm layers: batch norm hurts these models (section 5.3; IAF paper, C.6), so there is no place for any."""
+    if norm is not None:
+        raise UserError("a generative model of the paper has no layers that a batch norm follows; leave that arm out")

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 import weightnorm as wn
+from weightnorm.tasks.drawing import draw_normal
 
 Batch = Any  # whatever the task's own ``loss`` takes
-Part = Literal["train", "test"]
+Split = Literal["train", "test"]
 Norm = Callable[[int], nn.Module]  # from a number of channels to a layer that normalises their pre-activations
 
 
@@ -56,10 +57,10 @@ class Paper:
     """
 
     epochs: int
-    curve: tuple[Part, str]
+    curve: tuple[Split, str]
     at: tuple[int, ...]
     levels: tuple[float, ...]
-    final: tuple[Part, str]
+    final: tuple[Split, str]
     arms: Mapping[str, PaperArm]
     scaled: bool = True
     notes: tuple[str, ...] = ()
@@ -153,11 +154,7 @@ class Task(ABC):
     def draw_weights(self, model: nn.Module) -> None:
         """Draw the experiment's initial weights: v ~ N(0, v_std²), biases 0 (section 3)."""
         assert self.v_std is not None, "an experiment without one draws its weights as it does"
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-                nn.init.normal_(layer.weight, std=self.v_std)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        draw_normal(model, self.v_std)
 
     def optimizer(self, params: ParamsT, lr: float) -> torch.optim.Optimizer:
         """Return the optimizer for plain weights, or for lengths and directions in module form. Default: Adam.

@@ -13,11 +13,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from weightnorm.tasks.generative import refuse
 from weightnorm.tasks.mnist import BinaryMnist
 from weightnorm.tasks.task import Measure, Norm, Paper, PaperArm
 from weightnorm.tasks.vae.posterior import mask_weights
 from weightnorm.tasks.vae.resnet import ConvolutionalVAE
-from weightnorm.tasks.vae.training import Autoencoder, refuse
+from weightnorm.tasks.vae.training import Autoencoder
 
 SAMPLES = 128  # of each test image's z, for the estimate of its log-likelihood
 AT_ONCE = 1280  # of them
@@ -80,7 +81,7 @@ class MnistVae(Autoencoder, BinaryMnist):
         self.flows = flows
 
     def model(self, norm: Norm | None = None) -> nn.Module:
-        """Return the network; it has no place for norm layers."""
+        """Return the network."""
         refuse(norm)
         return ConvolutionalVAE(steps=self.flows).to(self.device)
 
@@ -94,6 +95,6 @@ class MnistVae(Autoencoder, BinaryMnist):
         """Estimate the test images' log-likelihood by importance sampling."""
         losses = []
         for images in self.test[0].split(AT_ONCE // SAMPLES):
-            parts: tuple[Tensor, Tensor] = model(images.repeat_interleave(SAMPLES, dim=0))
+            parts: tuple[Tensor, Tensor] = model(images, SAMPLES)
             losses.append(log(SAMPLES) - torch.logsumexp(-sum(parts).view(-1, SAMPLES), dim=1))  # type: ignore[union-attr]
         return {"log_likelihood": torch.cat(losses).mean().item()}

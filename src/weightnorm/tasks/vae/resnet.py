@@ -80,17 +80,18 @@ class ConvolutionalVAE(nn.Module):
         self.posterior = FlowPosterior(UNITS, latents, steps, hidden)
         self.decoder = decoder(latents)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both parts of the negative bound, in nats, from one sample of z for each example.
+    def forward(self, x: Tensor, samples: int = 1) -> tuple[Tensor, Tensor]:
+        """Return both parts of the negative bound, in nats, from samples of z for each example.
 
         Args:
             x: (N, 1, 28, 28), in [0, 1].
+            samples: how many. Default 1.
 
         Returns:
-            ``−log p(x|z)``, and ``log q(z|x) − log p(z)``; both (N,), float32.
+            ``−log p(x|z)``, and ``log q(z|x) − log p(z)``; both (N samples,), an example's side by side, float32.
         """
-        z, divergence = self.posterior(self.encoder(x))
-        logits = self.decoder(z).float()
+        z, divergence = self.posterior(self.encoder(x).repeat_interleave(samples, dim=0))
+        logits, x = self.decoder(z).float(), x.repeat_interleave(samples, dim=0)
         losses = functional.binary_cross_entropy_with_logits(logits, x.float(), reduction="none")
         return losses.flatten(1).sum(1), divergence
 

@@ -9,9 +9,7 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 import weightnorm as wn
-from weightnorm.errors import UserError
 from weightnorm.tasks.generative import Generative
-from weightnorm.tasks.task import Norm
 
 RATE = 0.002  # Adamax's, in both arms [P]
 AVERAGED = 10.0  # epochs that the average of the weights goes back [P]
@@ -30,9 +28,3 @@ class Autoencoder(Generative):
     def weight_norm_optimizer(self, model: nn.Module, lr: float, g_lr: float | str) -> torch.optim.Optimizer:
         """Return Adamax on lengths and directions [P]."""
         return wn.Adamax(model, lr=lr, v_std=self.v_std, g_lr=g_lr)
-
-
-def refuse(norm: Norm | None) -> None:
-    """Refuse norm layers: batch norm's noise hurts autoencoders (Kingma et al. 2016, C.6), so they have no place."""
-    if norm is not None:
-        raise UserError("the autoencoder has no layers that a batch norm follows; leave that arm out")

@@ -15,6 +15,7 @@ from weightnorm.tasks.drawing import draw_normal
 
 Batch = Any  # whatever the task's own ``loss`` takes
 Split = Literal["train", "test"]
+NO_LEVELS: Mapping[float, int] = MappingProxyType({})
 Norm = Callable[[int], nn.Module]  # from a number of channels to a layer that normalises their pre-activations
 
 
@@ -38,6 +39,14 @@ class PaperArm:
     curve: Mapping[int, float]
     first_epoch: Mapping[float, int]
     final: float
+
+    @classmethod
+    def after(
+        cls, epochs: Sequence[int], values: Sequence[float], first: Mapping[float, int] = NO_LEVELS
+    ) -> "PaperArm":
+        """Return what was measured after so many epochs, the last of them at the end; ``first`` counts from 1 too."""
+        curve = {epoch - 1: value for epoch, value in zip(epochs, values, strict=True)}
+        return cls(curve, {level: epoch - 1 for level, epoch in first.items()}, values[-1])
 
 
 @dataclass(frozen=True)

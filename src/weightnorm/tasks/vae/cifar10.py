@@ -29,8 +29,7 @@ _EPOCHS = (50, 100, 200, 300, 400, 450)
 
 def _reported(bound: tuple[float, ...]) -> PaperArm:
     # The axis has no unit. That of log p(x/256), a density, is the one that fits published bits per dimension.
-    bits = [8 - bits_per_dimension(nats) for nats in bound]
-    return PaperArm(dict(zip([epoch - 1 for epoch in _EPOCHS], bits, strict=True)), {}, bits[-1])
+    return PaperArm.after(_EPOCHS, [8 - bits_per_dimension(nats) for nats in bound])
 
 
 PAPER = Paper(  # figure 3, read off

@@ -26,10 +26,6 @@ AT_ONCE = 1280  # of them
 _EPOCHS = (50, 100, 150, 200, 250, 300)
 
 
-def _reported(bound: tuple[float, ...]) -> PaperArm:
-    return PaperArm(dict(zip([epoch - 1 for epoch in _EPOCHS], bound, strict=True)), {}, bound[-1])
-
-
 PAPER = Paper(  # figure 3, read off
     epochs=300,
     curve=("test", "loss"),
@@ -37,8 +33,8 @@ PAPER = Paper(  # figure 3, read off
     levels=(),
     final=("test", "loss"),
     arms={
-        "plain": _reported((87.30, 86.16, 85.89, 85.81, 85.80, 85.83)),
-        "weight_norm": _reported((87.28, 86.05, 85.58, 85.41, 85.31, 85.33)),
+        "plain": PaperArm.after(_EPOCHS, (87.30, 86.16, 85.89, 85.81, 85.80, 85.83)),
+        "weight_norm": PaperArm.after(_EPOCHS, (87.28, 86.05, 85.58, 85.41, 85.31, 85.33)),
     },
     scaled=False,
     notes=(

@@ -170,7 +170,9 @@ def vae() -> nn.Module:
     """Return the paper's variational autoencoder of MNIST."""
     from weightnorm.tasks.vae.resnet import ConvolutionalVAE
 
-    return Bound(ConvolutionalVAE())
+    with torch.device("cpu"):  # where its masks can be computed
+        model = Bound(ConvolutionalVAE())
+    return model.to(torch.get_default_device())
 
 
 def tiny_batch(size: int) -> tuple[Tensor, Tensor]:

@@ -307,7 +307,7 @@ def test_the_command_trains_on_real_images_and_reports(monkeypatch, tmp_path, ca
     asked = "compare cifar10 --limit 500 --epochs 1 --arms plain,weight_norm --precision bf16 --device cpu --out"
     assert cli.run([*asked.split(), str(tmp_path)]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "Every arm ran at the learning rate of the experiment" in out
+    assert "Every arm ran at the learning rate that it has in the experiment" in out
     assert "In brackets: the paper's." in out
     record = json.loads((tmp_path / "results.json").read_text())
     assert [record["arms"][name]["lr"] for name in ("plain", "weight_norm")] == [0.0003, 0.003]

@@ -12,7 +12,7 @@ from weightnorm.cli_checkpoints import COMMANDS
 from weightnorm.compare.arms import ARMS
 from weightnorm.errors import INTERRUPTED, USER_ERROR, UserError
 from weightnorm.extras import require
-from weightnorm.tasks import OPTIONS, TASKS
+from weightnorm.tasks import OPTIONS, TASKS, shown
 
 
 class CommaList(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
@@ -73,7 +73,7 @@ def _own_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that some tasks alone have."""
     for name, option in reversed(OPTIONS.items()):
         kind = type(next(iter(option.default.values())))
-        defaults = "; ".join(f"{_shown(value)} ({task})" for task, value in option.default.items())
+        defaults = "; ".join(f"{shown(value)} ({task})" for task, value in option.default.items())
         command = click.option(
             f"--{name}/--no-{name}" if kind is bool else f"--{name}",
             type=click.Choice(option.values) if option.values else (None if kind is bool else click.IntRange(min=0)),
@@ -81,10 +81,6 @@ def _own_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help=f"{option.help}  [default: {defaults}]",
         )(command)
     return command
-
-
-def _shown(value: object) -> str:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})

@@ -19,10 +19,10 @@ class Average:
 
     def __init__(self, model: nn.Module, epochs: float, steps: int):
         self.model = copy.deepcopy(model)
+        self._averaged, self._followed = list(self.model.parameters()), list(model.parameters())
         self._epochs, self._steps = epochs, steps
 
-    def update(self, model: nn.Module, epoch: int) -> None:
-        """Take in the parameters of the model after a step of an epoch, counted from 0."""
+    def update(self, epoch: int) -> None:
+        """Take in the model's parameters after a step of an epoch, counted from 0."""
         length = max(min(self._epochs, (epoch + 1) / 5) * self._steps, 1)
-        average = get_ema_multi_avg_fn(1 - 1 / length)
-        average(list(self.model.parameters()), list(model.parameters()), None)
+        get_ema_multi_avg_fn(1 - 1 / length)(self._averaged, self._followed, None)

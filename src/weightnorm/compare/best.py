@@ -11,6 +11,7 @@ from statistics import fmean, median_low
 
 from weightnorm.compare.evidence import steps_to_reach, trailing_means
 from weightnorm.compare.run import Epoch, Run, Setting
+from weightnorm.tasks.task import Split
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,15 @@ def compared_epochs(runs: Sequence[Run]) -> int:
     )
 
 
+def curve(epochs: Sequence[Epoch], split: Split, measure: str) -> list[float]:
+    """Return a measure epoch by epoch, during training or on what is scored."""
+    return [getattr(epoch, split)[measure] for epoch in epochs]
+
+
 def curves(epochs: Sequence[Epoch], measures: Iterable[str]) -> dict[str, list[float]]:
-    """Return the task's measures epoch by epoch: ``train_loss``, ``test_loss`` and so on."""
-    return {
-        f"{part}_{name}": [getattr(epoch, part)[name] for epoch in epochs]
-        for part in ("train", "test")
-        for name in measures
-    }
+    """Return all of the task's: ``train_loss``, ``test_loss`` and so on."""
+    splits: tuple[Split, ...] = ("train", "test")
+    return {f"{split}_{name}": curve(epochs, split, name) for split in splits for name in measures}
 
 
 def step_losses(epochs: Sequence[Epoch]) -> list[float]:

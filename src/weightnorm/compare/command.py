@@ -66,7 +66,7 @@ def _finish(request: Request, comparison: Comparison, folder: Path, minutes: flo
     torch.backends.cudnn.deterministic = request.deterministic
     torch.backends.cudnn.benchmark = not request.deterministic  # batches keep their shape
     interrupted = not train(comparison, Keeper(folder, request, comparison, every, minutes))
-    save(folder, request, comparison)
+    save(folder, request, comparison)  # a report that fails costs no training
     summary = results(comparison, shlex.join(["weightnorm", *sys.argv[1:]]), request.of_the_task())
     write_report(summary, folder, pictures(comparison, summary))
     show(summary, folder)

@@ -5,11 +5,10 @@ from statistics import fmean
 from typing import Any
 
 from weightnorm.compare.arms import PLAIN
-from weightnorm.compare.best import Best
+from weightnorm.compare.best import Best, curve
 from weightnorm.compare.evidence import spread
-from weightnorm.compare.run import Epoch
 from weightnorm.compare.table import NOTHING
-from weightnorm.tasks.task import Paper, Split, Task
+from weightnorm.tasks.task import Paper, Task
 
 
 def beside_paper(task: Task, best: Mapping[str, Best], epochs: int) -> dict[str, Any] | None:
@@ -29,8 +28,8 @@ def beside_paper(task: Task, best: Mapping[str, Best], epochs: int) -> dict[str,
     last, theirs = epochs - 1, paper.epochs - 1
     at = {epoch: round(epoch * last / theirs) if paper.scaled else epoch for epoch in paper.at}
     at = {there: here for there, here in at.items() if here <= last}
-    curve, final = (f"{part} {task.measures[name].label}" for part, name in (paper.curve, paper.final))
-    columns = ["arm", final, *(f"{curve} at {here}" for here in at.values())]
+    along, final = (f"{part} {task.measures[name].label}" for part, name in (paper.curve, paper.final))
+    columns = ["arm", final, *(f"{along} at {here}" for here in at.values())]
     columns += [f"first epoch at {level:g}" for level in paper.levels] + ["seconds an epoch"]
     plain = best.get(PLAIN)
     digits = max(2, task.measures[paper.final[1]].digits)
@@ -46,12 +45,12 @@ def beside_paper(task: Task, best: Mapping[str, Best], epochs: int) -> dict[str,
 
 def _row(name: str, best: Best, paper: Paper, at: Mapping[int, int], plain: Best | None, digits: int) -> list[str]:
     histories = list(best.histories.values())
-    curves = [_curve(paper.curve, epochs) for epochs in histories]
-    ours = [_mean([_curve(paper.final, epochs)[-1] for epochs in histories], digits)]
+    curves = [curve(epochs, *paper.curve) for epochs in histories]
+    ours = [_mean([curve(epochs, *paper.final)[-1] for epochs in histories], digits)]
     for here in at.values():
-        ours.append(_mean([curve[here] for curve in curves if here < len(curve)], digits))
+        ours.append(_mean([values[here] for values in curves if here < len(values)], digits))
     for level in paper.levels:
-        first = [_first(level, curve) for curve in curves]
+        first = [_first(level, values) for values in curves]
         reached = [epoch for epoch in first if epoch is not None]
         ours.append(f"{fmean(reached):.0f}" if reached and reached == first else NOTHING)
     theirs = paper.arms.get(name)
@@ -60,11 +59,6 @@ def _row(name: str, best: Best, paper: Paper, at: Mapping[int, int], plain: Best
         shown = [NOTHING if value is None else f"{value:.4g}" for value in published]
         ours = [f"{mine} ({other})" for mine, other in zip(ours, shown, strict=True)]
     return [name, *ours, _seconds(best, plain)]
-
-
-def _curve(which: tuple[Split, str], epochs: Sequence[Epoch]) -> list[float]:
-    part, name = which
-    return [getattr(epoch, part)[name] for epoch in epochs]
 
 
 def _seconds(best: Best, plain: Best | None) -> str:

@@ -155,7 +155,7 @@ class Run:
         for batch in self.task.train_batches(self.seed, len(self.epochs)):
             measured.append(self._step(*batch))  # read at the end: a GPU need not wait
             if self._average:
-                self._average.update(self.model, len(self.epochs))
+                self._average.update(len(self.epochs))
         return torch.stack(measured, dim=1)
 
     def _summed_up(self, measured: torch.Tensor, seconds: float) -> Epoch:

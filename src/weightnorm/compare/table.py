@@ -3,6 +3,7 @@
 from typing import Any
 
 from weightnorm.compare.arms import PLAIN
+from weightnorm.tasks import shown
 
 Record = dict[str, Any]
 NOTHING = "–"
@@ -43,7 +44,7 @@ def notes(results: Record) -> list[str]:
     if options["holdout"]:
         lines.append(f"What is here called test is {options['holdout']:,} training examples held out.")
     if asked := {name: value for name, value in options["of_the_task"].items() if value is not None}:
-        lines.append("Of the task: " + ", ".join(f"{name} {_shown(value)}" for name, value in asked.items()) + ".")
+        lines.append("Of the task: " + ", ".join(f"{name} {shown(value)}" for name, value in asked.items()) + ".")
     if len(options["g_lr"]) > 1:
         lines.append(
             f"Arms with weight normalization tried {_list(options['g_lr'])} as factors on the learning rate of lengths "
@@ -122,10 +123,6 @@ def _ratio(value: Record | None) -> str:
     if value is None or value["mean"] is None:
         return NOTHING
     return f"{value['mean']:.0%}" + ("" if value["low"] is None else f" ({value['low']:.0%}-{value['high']:.0%})")
-
-
-def _shown(value: Any) -> str:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def _list(values: list[Any]) -> str:

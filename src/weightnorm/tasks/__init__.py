@@ -118,6 +118,11 @@ def load_task(
     return task
 
 
+def shown(value: object) -> str:
+    """Return an option's value as people read it."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
 def all_options(task: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return a task's own options, those that are not given at their defaults.
 

@@ -12,7 +12,8 @@ import torch
 from test_compare import Tiny
 from weightnorm import cli
 from weightnorm.compare import command, saving
-from weightnorm.compare.saving import NAME, Request
+from weightnorm.compare.request import Request
+from weightnorm.compare.saving import NAME
 from weightnorm.errors import UserError
 
 REQUEST = Request("tiny", ("plain", "weight_norm", "weight_norm_mean_only"), 4, (0.01, 0.03), (1.0, "sqrt"), 2)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,7 +12,10 @@ from weightnorm.cli_checkpoints import COMMANDS
 from weightnorm.compare.arms import ARMS
 from weightnorm.errors import INTERRUPTED, USER_ERROR, UserError
 from weightnorm.extras import require
-from weightnorm.tasks import OPTIONS, TASKS, shown
+from weightnorm.tasks import OPTIONS, TASKS, all_options, shown
+
+if TYPE_CHECKING:
+    from weightnorm.compare.asked import Asked
 
 
 class CommaList(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
@@ -65,6 +68,7 @@ def _g_lr(text: str) -> float | str:
 def _by_task(option: str) -> str:
     """Return each task's default for the help."""
     values = {name: getattr(task, option) for name, task in TASKS.items()}
+    values = {name: value for name, value in values.items() if value is not None}
     texts = {name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in values.items()}
     return "; ".join(f"{text or 'those of the paper'} ({name})" for name, text in texts.items())
 
@@ -72,11 +76,12 @@ def _by_task(option: str) -> str:
 def _own_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that some tasks alone have."""
     for name, option in reversed(OPTIONS.items()):
-        kind = type(next(iter(option.default.values())))
         defaults = "; ".join(f"{shown(value)} ({task})" for task, value in option.default.items())
+        flag = name.replace("_", "-")
+        kinds = {bool: None, int: click.IntRange(min=option.least), str: str}
         command = click.option(
-            f"--{name}/--no-{name}" if kind is bool else f"--{name}",
-            type=click.Choice(option.values) if option.values else (None if kind is bool else click.IntRange(min=0)),
+            f"--{flag}/--no-{flag}" if option.kind is bool else f"--{flag}",
+            type=click.Choice(option.values) if option.values else kinds[option.kind],
             default=None,
             help=f"{option.help}  [default: {defaults}]",
         )(command)
@@ -190,7 +195,7 @@ def compare(
 
     TASK is what is trained: fashion (a small net on images that come with the package, the default), or an experiment
     of the paper at its learning rates unless --lr says others: cifar10 (5.1), vae (5.2; --data cifar10 for the deeper
-    one) or draw (5.3).
+    one), draw (5.3) or dqn (5.4), which plays an Atari game and is scored by its points.
 
     All arms start from the same seeds and take turns, an epoch each. The report says how many steps and seconds each
     needs to reach the final training loss of the plain arm. Ctrl-C ends it early with a report of what has run;
@@ -198,21 +203,41 @@ def compare(
     """
     require("compare", "matplotlib", "jinja2")
     if resume:
-        _refuse_beside_resume(context)
+        rule = "--resume goes on with all that was asked for then"
+        _refuse(context, rule, lambda name: name not in {"resume", "device", "max_minutes", "checkpoint_every"})
         from weightnorm.compare.command import resume_and_report  # it imports torch, which help does without
 
         return resume_and_report(resume, device, max_minutes, checkpoint_every)
     from weightnorm.compare.command import compare_and_report
-    from weightnorm.compare.saving import Request
 
+    _refuse(context, f"{task} has its own settings for that", lambda name: name in TASKS[task].without)
+    request = _request(task, options)
+    folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    return compare_and_report(request, folder, device, max_minutes, checkpoint_every)
+
+
+def _request(task: str, options: dict[str, Any]) -> "Asked":
+    """Return what is asked for, with the task's defaults for what is not said."""
     task, options["data"] = _variant(task, options["data"])
     own = {name: options.pop(name) for name in OPTIONS}
-    options["options"] = {name: value for name, value in own.items() if value is not None}
+    own = {name: value for name, value in own.items() if value is not None}
     for name in ("arms", "epochs", "lrs", "seeds"):
         options[name] = options[name] or getattr(TASKS[task], name)
+    if TASKS[task].home is None:
+        return _games_request(options, all_options(task, own) | {"memory": own.get("memory")})
+    from weightnorm.compare.request import Request
+
     options["data"] = str(Path(options["data"]).absolute()) if options["data"] else None
-    folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    return compare_and_report(Request(task, **options), folder, device, max_minutes, checkpoint_every)
+    return Request(task, **options, options=own)
+
+
+def _games_request(options: dict[str, Any], own: dict[str, Any]) -> "Asked":
+    from weightnorm.compare.games.request import GamesRequest
+
+    if len(options["lrs"]) > 1 or len(options["g_lrs"]) > 1:
+        raise UserError("dqn compares arms at one learning rate each; give one --lr, one --g-lr, or none")
+    lr = options["lrs"][0] if options["lrs"] else None
+    return GamesRequest.settled(arms=options["arms"], seeds=options["seeds"], lr=lr, g_lr=options["g_lrs"][0], **own)
 
 
 def _variant(task: str, data: str | None) -> tuple[str, str | None]:
@@ -220,17 +245,16 @@ def _variant(task: str, data: str | None) -> tuple[str, str | None]:
     return (variant, None) if (variant := f"{task}_{data}") in TASKS else (task, data)
 
 
-def _refuse_beside_resume(context: click.Context) -> None:
-    """Refuse options that a comparison has had from its beginning."""
-    free = {"resume", "device", "max_minutes", "checkpoint_every"}
+def _refuse(context: click.Context, rule: str, names: Callable[[str], bool]) -> None:
+    """Refuse options that were given although a rule leaves them no meaning."""
     given = [
         param.opts[0]
         for param in context.command.params
-        if param.name not in free
+        if names(str(param.name))
         and context.get_parameter_source(str(param.name)) is click.core.ParameterSource.COMMANDLINE
     ]
     if given:
-        raise UserError(f"--resume goes on with all that was asked for then; leave {', '.join(given)} out")
+        raise UserError(f"{rule}; leave {', '.join(given)} out")
 
 
 for _command in COMMANDS:

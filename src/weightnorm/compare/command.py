@@ -7,27 +7,26 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
-from weightnorm.compare.loop import Comparison
-from weightnorm.compare.pictures import pictures
+from weightnorm.compare.asked import Asked
+from weightnorm.compare.loop import Turns
 from weightnorm.compare.progress import ArmBars
 from weightnorm.compare.report import write_report
-from weightnorm.compare.results import results
-from weightnorm.compare.saving import NAME, Request, load, restore, save
-from weightnorm.compare.table import Record, columns, evidence, notes, rows
+from weightnorm.compare.saving import NAME, load, restore, save
+from weightnorm.compare.view import Table, View
 from weightnorm.errors import INTERRUPTED, UserError
 
 
-def compare_and_report(request: Request, folder: Path, device: str, minutes: float | None, every: int) -> int:
+def compare_and_report(request: Asked, folder: Path, device: str, minutes: float | None, every: int) -> int:
     """Run a comparison; leave its report in a folder and its table on the terminal.
 
     Args:
@@ -43,8 +42,11 @@ def compare_and_report(request: Request, folder: Path, device: str, minutes: flo
     Raises:
         UserError: before any training, if the device, the data or the folder cannot be used.
     """
-    comparison = request.comparison(usable_device(device))
-    return _finish(request, comparison, folder, minutes, every)
+    device = usable_device(device)
+    _say(request.needs())
+    with _unsaid():
+        comparison = request.comparison(device)
+        return _finish(request, comparison, folder, minutes, every)
 
 
 def resume_and_report(folder: Path, device: str, minutes: float | None, every: int) -> int:
@@ -55,26 +57,33 @@ def resume_and_report(folder: Path, device: str, minutes: float | None, every: i
     """
     device = usable_device(device)
     request, runs = load(folder, device)
-    comparison = request.comparison(device)
-    restore(comparison, runs)
-    return _finish(request, comparison, folder, minutes, every)
+    _say(request.needs(resumed=True))
+    with _unsaid():
+        comparison = request.comparison(device)
+        restore(comparison, runs)
+        return _finish(request, comparison, folder, minutes, every)
 
 
-def _finish(request: Request, comparison: Comparison, folder: Path, minutes: float | None, every: int) -> int:
+def _finish(request: Asked, comparison: Turns[Any], folder: Path, minutes: float | None, every: int) -> int:
     comparison.prepare()  # what cannot be made is told before anything is written
     make_writable(folder)
     torch.backends.cudnn.deterministic = request.deterministic
     torch.backends.cudnn.benchmark = not request.deterministic  # batches keep their shape
     interrupted = not train(comparison, Keeper(folder, request, comparison, every, minutes))
     save(folder, request, comparison)  # a report that fails costs no training
-    summary = results(comparison, shlex.join(["weightnorm", *sys.argv[1:]]), request.of_the_task())
-    write_report(summary, folder, pictures(comparison, summary))
-    show(summary, folder)
+    summary = request.summary(comparison, shlex.join(["weightnorm", *sys.argv[1:]]))
+    write_report(summary, folder)
+    show(summary.view, folder)
     if comparison.finished:
         (folder / NAME).unlink()
     if not comparison.finished:
-        Console(stderr=True).print(f"Go on with: weightnorm compare --resume {folder}", highlight=False, soft_wrap=True)
+        _say(f"Go on with: weightnorm compare --resume {folder}")
     return INTERRUPTED if interrupted else 0
+
+
+def _say(line: str) -> None:
+    if line:
+        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
 
 
 class Keeper:
@@ -88,7 +97,7 @@ class Keeper:
         minutes: how long; None: to the end.
     """
 
-    def __init__(self, folder: Path, request: Request, comparison: Comparison, every: int, minutes: float | None):
+    def __init__(self, folder: Path, request: Asked, comparison: Turns[Any], every: int, minutes: float | None):
         self._folder, self._request, self._comparison, self._every = folder, request, comparison, every
         self._until = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._saved = self._done()
@@ -134,14 +143,14 @@ def make_writable(folder: Path) -> None:
         raise UserError(f"cannot write to the folder {folder} ({error.strerror}); name another with --out") from error
 
 
-def train(comparison: Comparison, keeper: Keeper) -> bool:
+def train(comparison: Turns[Any], keeper: Keeper) -> bool:
     """Train, with live progress, until all is done, the time is up or Ctrl-C is pressed; say whether it was not.
 
     From then on Ctrl-C is ignored, so that a second one (some shells send two) does not tear the report.
     """
     signal.signal(signal.SIGINT, _interrupt_once)
     try:
-        with _unsaid(), ArmBars(Console(stderr=True), comparison.options) as bars:
+        with ArmBars(Console(stderr=True), comparison.options) as bars:
             comparison.train(bars.tell, keeper.pause)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     except KeyboardInterrupt:
@@ -149,29 +158,26 @@ def train(comparison: Comparison, keeper: Keeper) -> bool:
     return True
 
 
-def show(summary: Record, folder: Path) -> None:
-    """Print table, notes and evidence."""
+def show(view: View, folder: Path) -> None:
+    """Print tables, notes and evidence."""
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a file has no width: let the table have its own
-    console.print(_table(columns(summary), rows(summary)))
-    for line in notes(summary):
-        console.print(line, highlight=False)
-    if paper := summary["paper"]:
-        console.print(_table(paper["columns"], paper["rows"]))
-        for line in paper["notes"]:
+    for table in filter(None, (view.table, view.paper)):
+        console.print(_printable(table))
+        for line in table.notes:
             console.print(line, highlight=False)
-    console.print(evidence(summary), style="bold", highlight=False)
+    console.print(view.evidence, style="bold", highlight=False)
     console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:
-    table = Table(header_style="bold")
-    for column in columns:
-        table.add_column(column, no_wrap=column == "arm")
-    for row in cells:
-        table.add_row(*row)
-    return table
+def _printable(table: Table) -> RichTable:
+    printable = RichTable(header_style="bold")
+    for column in table.columns:
+        printable.add_column(column, no_wrap=column == "arm")
+    for row in table.rows:
+        printable.add_row(*row)
+    return printable
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from weightnorm.compare.arms import ARMS
 from weightnorm.compare.evidence import spread, trailing_means
 from weightnorm.compare.table import Record
 
-_COLOURS = dict(zip(ARMS, matplotlib.color_sequences["tab10"], strict=False))
+COLOURS = dict(zip(ARMS, matplotlib.color_sequences["tab10"], strict=False))
 
 
 def draw_curves(results: Record) -> Figure:
@@ -39,11 +39,11 @@ def draw_curves(results: Record) -> Figure:
     for name, arm in results["arms"].items():
         losses = [trailing_means(run, window) for run in _of_best(arm, "step_loss")]
         steps = range(window, window + min(map(len, losses), default=0))
-        _draw(by_step, steps, losses, name)
-        _draw(by_second, [step * arm["seconds_per_step"] for step in steps], losses, name)
+        draw_mean(by_step, steps, losses, name)
+        draw_mean(by_second, [step * arm["seconds_per_step"] for step in steps], losses, name)
         for part, line in (("test", "-"), ("train", ":")):
             curve = f"{part}_{headline}"
-            _draw(by_epoch, range(1, 1 + len(arm[curve])), _of_best(arm, curve), name, line)
+            draw_mean(by_epoch, range(1, 1 + len(arm[curve])), _of_best(arm, curve), name, line)
     by_step.legend(fontsize="small")
     return figure
 
@@ -54,14 +54,22 @@ def _of_best(arm: Record, measure: str) -> list[list[float]]:
     return [[math.nan if value is None else value for value in run[measure]] for run in runs]
 
 
-def _draw(axes: Axes, x: Sequence[float], curves: list[list[float]], name: str, linestyle: str = "-") -> None:
-    """Draw the mean of several curves over the points that all have, and the band."""
+def draw_mean(axes: Axes, x: Sequence[float], curves: list[list[float]], name: str, linestyle: str = "-") -> None:
+    """Draw the mean of several curves over the points that all have, and a band of one standard error either side.
+
+    Args:
+        axes: where.
+        x: the points.
+        curves: what to average at each.
+        name: of the arm, which decides the colour.
+        linestyle: as matplotlib has it.
+    """
     spreads = [spread(values) for values in zip(*curves, strict=False)][: len(x)]
     points = [(at, s.mean, s.standard_error or 0.0) for at, s in zip(x, spreads, strict=False) if s]
     if not points:
-        axes.plot([], [], color=_COLOURS[name], label=name)
+        axes.plot([], [], color=COLOURS[name], label=name)
         return
     at, mean, band = (list(column) for column in zip(*points, strict=True))
-    axes.plot(at, mean, linestyle, color=_COLOURS[name], label=name, linewidth=1.2)
+    axes.plot(at, mean, linestyle, color=COLOURS[name], label=name, linewidth=1.2)
     low, high = ([m + sign * b for m, b in zip(mean, band, strict=True)] for sign in (-1, 1))
-    axes.fill_between(at, low, high, color=_COLOURS[name], alpha=0.15, linewidth=0)
+    axes.fill_between(at, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)

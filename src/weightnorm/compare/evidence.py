@@ -19,8 +19,8 @@ class Spread(NamedTuple):
     n: int
 
 
-class Ratio(NamedTuple):
-    """A mean ratio over seeds (geometric), and its 95 % interval (None for one seed)."""
+class Interval(NamedTuple):
+    """A mean over seeds (of ratios: geometric), its 95 % interval (None for one seed), and the number of seeds."""
 
     mean: float
     low: float | None
@@ -62,7 +62,23 @@ def steps_to_reach(target: float, losses: Sequence[float], window: int) -> int |
     return next((window + i for i, mean in enumerate(means) if mean <= target), None)
 
 
-def mean_ratio(pairs: Sequence[tuple[float, float]]) -> Ratio | None:
+def mean_difference(pairs: Sequence[tuple[float, float]]) -> Interval | None:
+    """Return the mean of ``ours - theirs`` over seeds, with its t-interval.
+
+    Args:
+        pairs: ``(ours, theirs)``, a pair a seed.
+
+    Returns:
+        The difference, or None of nothing.
+
+    Example:
+        >>> mean_difference([(5, 1), (6, 1), (7, 1)])
+        Interval(mean=5..., low=2.51..., high=7.48..., n=3)
+    """
+    return _interval([ours - theirs for ours, theirs in pairs])
+
+
+def mean_ratio(pairs: Sequence[tuple[float, float]]) -> Interval | None:
     """Return the mean of ``ours/theirs`` over seeds, with the t-interval of its logarithm.
 
     Args:
@@ -73,16 +89,24 @@ def mean_ratio(pairs: Sequence[tuple[float, float]]) -> Ratio | None:
 
     Example:
         >>> mean_ratio([(5, 10), (6, 10), (7, 10)])
-        Ratio(mean=0.594..., low=0.391..., high=0.903..., n=3)
+        Interval(mean=0.594..., low=0.391..., high=0.903..., n=3)
     """
-    logs = spread([math.log(ours / theirs) for ours, theirs in pairs])
-    if logs is None or logs.standard_error is None:
-        return logs and Ratio(math.exp(logs.mean), None, None, logs.n)
-    half = _T[min(logs.n - 1, len(_T)) - 1] * logs.standard_error
-    return Ratio(math.exp(logs.mean), math.exp(logs.mean - half), math.exp(logs.mean + half), logs.n)
+    logs = _interval([math.log(ours / theirs) for ours, theirs in pairs])
+    if logs is None:
+        return None
+    mean, low, high = (None if value is None else math.exp(value) for value in logs[:3])
+    return Interval(mean or 0.0, low, high, logs.n)
 
 
-def verdict(ratio: Ratio | None, reached: int, seeds: int) -> str:
+def _interval(values: Sequence[float]) -> Interval | None:
+    found = spread(values)
+    if found is None or found.standard_error is None:
+        return found and Interval(found.mean, None, None, found.n)
+    half = _T[min(found.n - 1, len(_T)) - 1] * found.standard_error
+    return Interval(found.mean, found.mean - half, found.mean + half, found.n)
+
+
+def verdict(ratio: Interval | None, reached: int, seeds: int) -> str:
     """Say what the steps to plain's final loss, relative to plain's own, are evidence of.
 
     Args:

@@ -1,12 +1,46 @@
 """The loop: all runs take turns, an epoch each, so that arms are timed side by side and stay equally far."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
 
 from weightnorm.compare.arms import Arm
 from weightnorm.compare.run import Form, Precision, Run, Setting
 from weightnorm.tasks.task import Task
+
+
+class Turn(Protocol):
+    """What a run must have to take turns: its arm, whole epochs, and a state to be saved in between."""
+
+    arm: Arm
+
+    @property
+    def epochs(self) -> Sized:
+        """Return what was measured so far, an item an epoch."""
+
+    @property
+    def diverged(self) -> bool:
+        """Say whether it is not going to do another epoch."""
+
+    @property
+    def latest(self) -> str:
+        """Return how well it does, for a progress bar."""
+
+    def train_epoch(self) -> None:
+        """Train and measure one more epoch; interrupted, the run is as it was before."""
+
+    def saved(self) -> dict[str, Any]:
+        """Return the run in plain types and tensors."""
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what ``saved`` returned."""
+
+
+R = TypeVar("R", bound=Turn)
 
 
 @dataclass(frozen=True)
@@ -43,19 +77,22 @@ class Options:
         return len(self.settings(arm)) * self.seeds
 
 
-@dataclass
-class Comparison:
-    """All runs of a comparison.
+class Turns(ABC, Generic[R]):
+    """Runs that take turns.
 
     Attributes:
-        task: what is trained.
-        options: in which arms and settings.
+        options: arms, learning rates and seeds.
         runs: those made so far, in the order in which they take turns: arms side by side.
+        device: where they train.
     """
 
-    task: Task
     options: Options
-    runs: list[Run] = field(default_factory=list)
+    runs: list[R]
+    device: torch.device
+
+    @abstractmethod
+    def make(self, arm: Arm, setting: Setting, seed: int) -> R:
+        """Return a new run."""
 
     @property
     def finished(self) -> bool:
@@ -67,10 +104,9 @@ class Comparison:
     def prepare(self) -> None:
         """Make all runs, if there are none yet."""
         if not self.runs:
-            asked = self.options.epochs, self.options.form, self.options.precision
-            self.runs.extend(Run(self.task, *turn, *asked) for turn in self._turns())
+            self.runs.extend(self.make(*turn) for turn in self._turns())
 
-    def train(self, tell: Callable[[Run], None] = lambda run: None, pause: Callable[[], bool] = lambda: False) -> None:
+    def train(self, tell: Callable[[R], None] = lambda run: None, pause: Callable[[], bool] = lambda: False) -> None:
         """Train everything that is not trained yet; interrupted at any point, ``runs`` holds whole epochs.
 
         Args:
@@ -91,3 +127,27 @@ class Comparison:
         grids = [(arm, self.options.settings(arm)) for arm in self.options.arms]
         for seed, index in product(range(self.options.seeds), range(max(len(grid) for _, grid in grids))):
             yield from ((arm, grid[index], seed) for arm, grid in grids if index < len(grid))
+
+
+@dataclass
+class Comparison(Turns[Run]):
+    """All runs of a task's comparison.
+
+    Attributes:
+        task: what is trained.
+        options: in which arms and settings.
+        runs: those made so far.
+    """
+
+    task: Task
+    options: Options
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Return where the task's data and models are."""
+        return self.task.device
+
+    def make(self, arm: Arm, setting: Setting, seed: int) -> Run:
+        """Return a new run."""
+        return Run(self.task, arm, setting, seed, self.options.epochs, self.options.form, self.options.precision)

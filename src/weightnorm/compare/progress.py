@@ -5,8 +5,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from weightnorm.compare.loop import Options
-from weightnorm.compare.run import Run
+from weightnorm.compare.loop import Options, Turn
 
 
 class ArmBars:
@@ -21,13 +20,13 @@ class ArmBars:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total} epochs  loss {task.fields[loss]:<7}"),
+            TextColumn("{task.completed}/{task.total} epochs  {task.fields[latest]:<12}"),
             TimeRemainingColumn(),
             console=console,
             speed_estimate_period=600,  # arms take turns: a short window would see bursts
         )
         self._bars = {
-            arm.name: self._progress.add_task(arm.name, total=options.runs_of(arm) * options.epochs, loss="-")
+            arm.name: self._progress.add_task(arm.name, total=options.runs_of(arm) * options.epochs, latest="-")
             for arm in options.arms
         }
 
@@ -40,7 +39,7 @@ class ArmBars:
     ) -> None:
         self._progress.stop()
 
-    def tell(self, run: Run) -> None:
+    def tell(self, run: Turn) -> None:
         """Move the bar of a run's arm on by an epoch."""
-        loss = "diverged" if run.diverged else f"{run.epochs[-1].train['loss']:.4f}"
-        self._progress.update(self._bars[run.arm.name], advance=1, loss=loss)
+        latest = "diverged" if run.diverged else run.latest
+        self._progress.update(self._bars[run.arm.name], advance=1, latest=latest)

@@ -3,51 +3,43 @@
 import base64
 import io
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from weightnorm.checkpoints.files import replacing
-from weightnorm.compare.curves import draw_curves
-from weightnorm.compare.table import Record, columns, evidence, notes, rows
+from weightnorm.compare.view import Summary
 
 
-def write_report(results: Record, folder: Path, pictures: Mapping[str, bytes] = MappingProxyType({})) -> None:
+def write_report(summary: Summary, folder: Path) -> None:
     """Write a comparison's results for machines and for people.
 
     Args:
-        results: what ``results.results`` returned.
+        summary: what was found.
         folder: where; it exists.
-        pictures: what the models draw: name of a PNG -> its content. Default: nothing.
 
     Raises:
         OSError: if a file cannot be written; those there before are untouched then.
     """
-    _write(folder / "results.json", json.dumps(results, indent=1, allow_nan=False).encode())
-    figure = draw_curves(results)
-    _write(folder / "curves.png", _image(figure, "png"))
-    for name, content in pictures.items():
+    _write(folder / "results.json", json.dumps(summary.record, indent=1, allow_nan=False).encode())
+    _write(folder / "curves.png", _image(summary.view.curves, "png"))
+    for name, content in summary.pictures.items():
         _write(folder / f"{name}.png", content)
-    _write(folder / "report.html", page(results, figure, pictures).encode())
+    _write(folder / "report.html", page(summary).encode())
 
 
-def page(results: Record, figure: Figure, pictures: Mapping[str, bytes]) -> str:
+def page(summary: Summary) -> str:
     """Return the report as one HTML page, curves and pictures included, that loads nothing."""
-    svg = _image(figure, "svg").decode()
+    svg = _image(summary.view.curves, "svg").decode()
     environment = Environment(
         loader=PackageLoader("weightnorm.compare", "."), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template("report.html.j2").render(
-        results=results,
-        columns=columns(results),
-        rows=rows(results),
-        notes=notes(results),
-        evidence=evidence(results),
-        pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
+        results=summary.record,
+        view=summary.view,
+        pictures={name: base64.b64encode(content).decode() for name, content in summary.pictures.items()},
         curves=svg[svg.index("<svg") :],  # without the XML header, which names a DTD elsewhere
     )
 

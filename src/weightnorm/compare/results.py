@@ -63,7 +63,7 @@ def results(comparison: Comparison, command: str, of_the_task: Mapping[str, Any]
             "of_the_task": of_the_task,
         },
     }
-    return dict(_to_json(record))
+    return dict(to_json(record))
 
 
 def device_name(device: torch.device) -> str:
@@ -151,14 +151,14 @@ def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
     return [fmean(values) for values in zip(*curves, strict=False)]
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """Return a value in JSON's types: named tuples become objects, numbers that are not finite None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, Mapping):
-        return {key: _to_json(item) for key, item in value.items()}
+        return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
+        return [to_json(item) for item in value]
     return value

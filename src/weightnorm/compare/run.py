@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -120,6 +120,22 @@ class Run:
         if self._average:
             self._average.model.load_state_dict(state["average"])
         self._prepare_step()  # the optimizer's state lies elsewhere now
+
+    @property
+    def latest(self) -> str:
+        """Return how well it does, for a progress bar."""
+        return f"loss {self.epochs[-1].train['loss']:.4f}"
+
+    def saved(self) -> dict[str, Any]:
+        """Return the run in plain types and tensors."""
+        epochs = [asdict(epoch) for epoch in self.epochs]
+        return {"epochs": epochs, "finals": self.finals, "state": self.state_dict()}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what ``saved`` returned."""
+        self.epochs = [Epoch(**epoch) for epoch in saved["epochs"]]
+        self.finals = dict(saved["finals"])
+        self.load_state_dict(saved["state"])
 
     def train_epoch(self) -> None:
         """Train one more epoch, score the model and record both; interrupted, the run is as it was before."""

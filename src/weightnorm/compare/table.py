@@ -34,7 +34,7 @@ def notes(results: Record) -> list[str]:
     options, seeds = results["options"], len(results["seeds"])
     lines = [
         f"{results['task']}, {options['epochs_compared']} epochs of {options['steps_per_epoch']} steps, "
-        f"{seeds} seed{'s' * (seeds > 1)}, on {results['device']}, torch {results['versions']['torch']}, "
+        f"{counted(seeds, 'seed')}, on {results['device']}, torch {results['versions']['torch']}, "
         f"{options['precision']}. "
         "± is the standard error over seeds.",
         _choice(results),
@@ -77,7 +77,7 @@ def evidence(results: Record) -> str:
     others = [_finding(name, arm) for name, arm in arms.items() if name != PLAIN]
     if not others:
         return "No evidence: only the plain arm was run."
-    return f"To plain's final training loss ({seeds} seed{'s' * (seeds > 1)}): " + "; ".join(others) + "."
+    return f"To plain's final training loss ({counted(seeds, 'seed')}): " + "; ".join(others) + "."
 
 
 def _finding(name: str, arm: Record) -> str:
@@ -92,31 +92,44 @@ def _row(name: str, arm: Record, results: Record) -> list[str]:
     measures, final = results["measures"], arm["final"]
     return [
         name,
-        f"{arm['lr']:g}" + (f", g x {arm['g_lr']}" if arm["g_lr"] not in (None, 1.0) else ""),
-        _number(arm["steps_to_plain"], ".0f"),
+        rates_text(arm["lr"], arm["g_lr"]),
+        number_text(arm["steps_to_plain"], ".0f"),
         _ratio(arm["steps_vs_plain"]),
-        _number(arm["seconds_to_plain"], ".1f"),
-        _number(arm["step_time_vs_plain"], ".2f", "x"),
-        _spread(final["train_loss"], measures["loss"]),
-        *(_spread(final[f"test_{measured}"], measure) for measured, measure in measures.items()),
-        *(_spread(arm["finals"].get(measured), measure) for measured, measure in results["finals"].items()),
+        number_text(arm["seconds_to_plain"], ".1f"),
+        number_text(arm["step_time_vs_plain"], ".2f", "x"),
+        spread_text(final["train_loss"], measures["loss"]["digits"]),
+        *(spread_text(final[f"test_{measured}"], measure["digits"]) for measured, measure in measures.items()),
+        *(
+            spread_text(arm["finals"].get(measured), measure["digits"])
+            for measured, measure in results["finals"].items()
+        ),
         arm["verdict"],
     ]
 
 
-def _number(value: float | None, form: str, unit: str = "") -> str:
+def number_text(value: float | None, form: str, unit: str = "") -> str:
+    """Return a number for people, or a dash."""
     return NOTHING if value is None else f"{value:{form}}{unit}"
 
 
-def _spread(value: Record | None, measure: Record) -> str:
-    form = f".{measure['digits']}f"
+def spread_text(value: Record | None, digits: int) -> str:
+    """Return a mean and its standard error for people."""
     if value is None:
         return NOTHING
     if value["mean"] is None:
         return "diverged"
-    return f"{value['mean']:{form}}" + (
-        "" if value["standard_error"] is None else f" ± {value['standard_error']:{form}}"
-    )
+    error = value["standard_error"]
+    return f"{value['mean']:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def rates_text(lr: float, g_lr: float | str | None) -> str:
+    """Return an arm's learning rate for people, with the factor on that of lengths if it is not 1."""
+    return f"{lr:g}" + ("" if g_lr in (None, 1.0) else f", g x {g_lr}")
+
+
+def counted(count: int, thing: str) -> str:
+    """Return ``3 seeds``, or ``1 seed``."""
+    return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
 def _ratio(value: Record | None) -> str:

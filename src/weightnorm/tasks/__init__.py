@@ -19,13 +19,20 @@ class Option:
 
     Attributes:
         help: what it decides.
-        default: of each task that has it, by the task's name: a number, a switch, or one of the values.
-        values: what it can be; empty: a number or a switch.
+        default: of each task that has it, by the task's name: a number, a switch or a text.
+        values: what it can be; empty: a number, a switch or any text.
+        least: the smallest number that it can be.
     """
 
     help: str
     default: Mapping[str, int | bool | str]
     values: tuple[str, ...] = ()
+    least: int = 0
+
+    @property
+    def kind(self) -> type:
+        """Return the type of its values."""
+        return type(next(iter(self.default.values())))
 
 
 @dataclass(frozen=True)
@@ -33,24 +40,27 @@ class Entry:
     """A task, and how it is compared unless the user says otherwise.
 
     Attributes:
-        home: where its class lives.
+        home: where its class lives; None: it is no ``Task`` but a game, whose players ``compare.games`` compares.
         arms: in which ways.
-        epochs: how long.
+        epochs: how long; None: another option says.
         lrs: learning rates that every arm tries; empty: each has the one of the task's experiment.
         seeds: how many.
         has_folder: whether its data lies in a folder of the user's, and can be limited.
+        without: options of every comparison that mean nothing to it.
     """
 
-    home: str
+    home: str | None
     arms: tuple[str, ...]
-    epochs: int
+    epochs: int | None
     lrs: tuple[float, ...]
     seeds: int
     has_folder: bool = False
+    without: tuple[str, ...] = ()
 
 
 _DEMO = "plain", "plain_default_init", "weight_norm", "weight_norm_mean_only", "batch_norm"
 _PAIR = "plain", "weight_norm"
+_NO_DATA = "epochs", "form", "precision", "data", "holdout", "limit", "deterministic"
 _PAPERS = "plain", "weight_norm", "weight_norm_mean_only", "batch_norm", "mean_only"
 
 TASKS = {
@@ -59,6 +69,7 @@ TASKS = {
     "vae": Entry("weightnorm.tasks.vae.mnist:MnistVae", _PAIR, 300, (), 3, has_folder=True),
     "vae_cifar10": Entry("weightnorm.tasks.vae.cifar10:CifarVae", _PAIR, 450, (), 1, has_folder=True),
     "draw": Entry("weightnorm.tasks.draw.task:DrawMnist", _PAIR, 100, (), 1, has_folder=True),
+    "dqn": Entry(None, _PAIR, None, (), 1, without=_NO_DATA),
 }
 
 OPTIONS = {
@@ -77,6 +88,20 @@ OPTIONS = {
         ("drawn", "one"),
     ),
     "attention": Option("Look and write selectively.", {"draw": True}),
+    "game": Option("What is played: SpaceInvaders, Breakout, Enduro, Seaquest or any other.", {"dqn": "SpaceInvaders"}),
+    "budget": Option(
+        "Steps of training, of four frames each, to which all schedules scale.", {"dqn": 50_000_000}, least=1_000
+    ),
+    "memory": Option(
+        "Transitions that each agent keeps, 28 KB each; not given: fewer where the budget, or half of the free memory, "
+        "has fewer.",
+        {"dqn": 1_000_000},
+        least=1_000,
+    ),
+    "episodes": Option("Games that score an agent at each of 20 or more evaluations.", {"dqn": 30}, least=1),
+    "max_frames": Option(
+        "A game that scores an agent is cut off after so many; 60 are a second.", {"dqn": 108_000}, least=240
+    ),
 }
 
 
@@ -102,7 +127,7 @@ def load_task(
         The task.
 
     Raises:
-        KeyError: if there is no task of that name.
+        KeyError: if there is no ``Task`` of that name.
         weightnorm.errors.UserError: if its data is missing or damaged, or comes with the package and one is named; or
             the task has no such option.
 
@@ -110,7 +135,10 @@ def load_task(
         >>> load_task("fashion").steps_per_epoch
         80
     """
-    module, _, cls = TASKS[name].home.partition(":")
+    home = TASKS[name].home
+    if home is None:
+        raise KeyError(name)
+    module, _, cls = home.partition(":")
     if not TASKS[name].has_folder and (folder or limit or holdout):
         raise UserError(f"the data of {name} comes with the package; leave --data, --limit and --holdout out")
     asked = {"folder": folder, "limit": limit, "holdout": holdout} if TASKS[name].has_folder else {}
@@ -136,7 +164,8 @@ def all_options(task: str, given: Mapping[str, Any]) -> dict[str, Any]:
     own = {name: option.default[task] for name, option in OPTIONS.items() if task in option.default}
     for name in given:
         if name not in own:
+            flag = name.replace("_", "-")
             raise UserError(
-                f"--{name} is an option of {' and '.join(OPTIONS[name].default)}, not of {task}; leave it out"
+                f"--{flag} is an option of {' and '.join(OPTIONS[name].default)}, not of {task}; leave it out"
             )
     return own | dict(given)

@@ -1,5 +1,6 @@
 """stable-baselines3's DQN agent, which weight normalization enters as one argument."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,9 @@ OPTIMIZERS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def agent(env: AtariVecEnv, arm: str, settings: Settings, seed: int, lr: float, device: torch.device) -> DQN:
+def agent(
+    env: AtariVecEnv, arm: str, settings: Settings, seed: int, lr: float, g_lr: float | str | None, device: torch.device
+) -> DQN:
     """Return the library's agent for an arm of the experiment.
 
     Args:
@@ -30,13 +33,17 @@ def agent(env: AtariVecEnv, arm: str, settings: Settings, seed: int, lr: float, 
         settings: how long everything takes.
         seed: decides games and exploration.
         lr: learning rate.
+        g_lr: multiplies it for lengths, as in ``wn.Adamax``; None: the optimizer's default, or there are none.
         device: where the network is.
     """
+    optimizer = dict(OPTIMIZERS[arm])
+    if g_lr is not None:
+        optimizer["optimizer_kwargs"] = optimizer["optimizer_kwargs"] | {"g_lr": g_lr}
     return DQN(
         paper.NETWORK,
         env,
         lr,
-        policy_kwargs=dict(OPTIMIZERS[arm]),
+        policy_kwargs=optimizer,
         buffer_size=settings.memory,
         optimize_memory_usage=True,
         replay_buffer_kwargs=dict(handle_timeout_termination=False),  # the library has it so with the other
@@ -62,17 +69,35 @@ def initialise(model: DQN, frames: torch.Tensor) -> None:
 
 
 class Schedule(BaseCallback):
-    """Lets a training in pieces follow one schedule: to the library each piece is the whole."""
+    """Lets a training in pieces follow one schedule, for to the library each piece is the whole; times the updates.
+
+    Args:
+        budget: steps of the whole training.
+
+    Attributes:
+        seconds: what the updates took so far, playing apart.
+    """
 
     def __init__(self, budget: int):
         super().__init__()
-        self.budget = budget
+        self.budget, self.seconds = budget, 0.0
+        self._played: float | None = None
 
     def _on_training_start(self) -> None:
         self.model._total_timesteps = self.budget
 
     def _on_step(self) -> bool:
         return True
+
+    def _on_rollout_end(self) -> None:
+        self._played = time.perf_counter()
+
+    def _on_rollout_start(self) -> None:
+        if self._played is not None:
+            self.seconds += time.perf_counter() - self._played
+            self._played = None
+
+    _on_training_end = _on_rollout_start  # the last update of a piece
 
 
 class Losses(Logger):

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from stable_baselines3 import DQN
-from stable_baselines3.common.evaluation import evaluate_policy
 
 from weightnorm.tasks.dqn import settings as paper
 from weightnorm.tasks.dqn.agent import Losses, Schedule, agent, initialise
 from weightnorm.tasks.dqn.environment import AtariVecEnv, find_game, random_frames
-from weightnorm.tasks.dqn.playing import EpsilonGreedy
+from weightnorm.tasks.dqn.playing import scores
 from weightnorm.tasks.dqn.settings import Settings
 
 _EVALUATION, _REFILL = 1, 2  # games of their own, apart from those of training
@@ -32,6 +31,7 @@ class Player:
         settings: how long everything takes.
         seed: decides initial weights, games and exploration.
         lr: learning rate; None: the paper's for the arm.
+        g_lr: multiplies it for lengths, as in ``wn.Adamax``; None: the optimizer's default, or there are none.
         device: where the network is.
 
     Attributes:
@@ -45,15 +45,23 @@ class Player:
     """
 
     def __init__(
-        self, game: str, arm: str, settings: Settings, seed: int = 0, lr: float | None = None, device: str = "cpu"
+        self,
+        game: str,
+        arm: str,
+        settings: Settings,
+        seed: int = 0,
+        lr: float | None = None,
+        g_lr: float | str | None = None,
+        device: str = "cpu",
     ):
         self.game, self.arm, self.settings, self.seed = find_game(game), arm, settings, seed
         self.device = torch.device(device)
         self.losses: list[float] = []
+        self._schedule = Schedule(settings.budget)
         self._random: dict[str, Any] = {}
         frames = torch.from_numpy(random_frames(game, paper.INIT_FRAMES, seed))
         with self._own_random_state():
-            self.model = agent(AtariVecEnv(game), arm, settings, seed, lr or paper.RATES[arm], self.device)
+            self.model = agent(AtariVecEnv(game), arm, settings, seed, lr or paper.RATES[arm], g_lr, self.device)
             initialise(self.model, frames.to(device))
         self.model.set_logger(Losses(self.losses))
 
@@ -62,11 +70,15 @@ class Player:
         """Return for how many steps it has trained."""
         return self.model.num_timesteps
 
+    @property
+    def seconds_of_updates(self) -> float:
+        """Return what all updates took since the player was made, playing apart."""
+        return self._schedule.seconds
+
     def train(self, steps: int) -> None:
         """Play and learn for so many steps more, rounded up to whole updates."""
-        schedule = Schedule(self.settings.budget)
         with self._own_random_state():
-            self.model.learn(steps, schedule, log_interval=sys.maxsize, reset_num_timesteps=False)
+            self.model.learn(steps, self._schedule, log_interval=sys.maxsize, reset_num_timesteps=False)
 
     def evaluate(self, episodes: int, max_frames: int = paper.MAX_FRAMES) -> list[float]:
         """Play whole games, apart from training, with ε = 0.05; before it trains on, the same ones at every call.
@@ -78,14 +90,9 @@ class Player:
         Returns:
             The points of each.
         """
-        env = AtariVecEnv(self.game, min(episodes, 8), training=False, max_frames=max_frames)
-        env.seed(self._seed_of(_EVALUATION))
-        policy = EpsilonGreedy(
-            self.model.policy, int(env.action_space.n), paper.TEST_EPSILON, self._seed_of(_EVALUATION)
+        return scores(
+            self.model.policy, self.game, episodes, max_frames, paper.TEST_EPSILON, self._seed_of(_EVALUATION)
         )
-        scores, _ = evaluate_policy(policy, env, episodes, return_episode_rewards=True, warn=False)
-        env.close()
-        return [float(score) for score in scores]  # type: ignore[union-attr]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that changes in training, but for ``losses``, the replay memory and the game in progress."""

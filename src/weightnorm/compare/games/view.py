@@ -119,7 +119,7 @@ def draw_scores(record: Record) -> Figure:
     by_loss.set(title="mean loss of an epoch's updates", xlabel="steps")
     for name, arm in record["arms"].items():
         runs = [run for run in arm["runs"] if run["steps"]]
-        steps = max((run["steps"] for run in runs), key=len, default=[])
+        steps: list[int] = max((run["steps"] for run in runs), key=len, default=[])
         draw_mean(by_score, steps, _score_curves(runs), name)
         draw_mean(by_loss, steps, [[math.nan if x is None else x for x in run["loss"]] for run in runs], name)
     _draw_figure_5(by_score, record)

@@ -17,6 +17,7 @@ from weightnorm.compare.report import write_report
 from weightnorm.compare.results import device_name, results
 from weightnorm.compare.run import Epoch, Run, Setting
 from weightnorm.compare.table import columns, evidence, notes, rows
+from weightnorm.compare.view import Summary, view
 from weightnorm.tasks import TASKS, load_task
 from weightnorm.tasks.task import Measure, Paper, Schedule, Task
 
@@ -77,6 +78,10 @@ def summary():
 
 
 # The forms and the schedule
+
+
+def report(record, folder):
+    write_report(Summary(record, view(record)), folder)
 
 
 class Scheduled(Tiny):
@@ -249,7 +254,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path):
     record = results(comparison, "")
     assert record["arms"]["plain"]["lr"] == record["arms"]["weight_norm"]["lr"] == 0.01
     assert record["options"]["epochs_compared"] == 4
-    write_report(record, tmp_path)
+    report(record, tmp_path)
 
 
 def test_an_arm_that_only_diverges_says_so(tmp_path):
@@ -258,7 +263,7 @@ def test_an_arm_that_only_diverges_says_so(tmp_path):
     assert [row[columns(record).index("train loss")] for row in rows(record)] == ["diverged"] * 2
     assert "never reached" in evidence(record)
     assert not any("interrupted" in note for note in notes(record))
-    write_report(record, tmp_path)
+    report(record, tmp_path)
 
 
 @pytest.mark.parametrize(("at", "epochs"), [(0, 0), (1, 0), (5, 0), (13, 1), (31, 1), (49, 2)])
@@ -278,7 +283,7 @@ def test_an_interrupted_comparison_keeps_whole_epochs_and_reports(at, epochs, tm
     assert all(len(epoch.step_loss) == 5 for run in comparison.runs for epoch in run.epochs)
     record = results(comparison, "")
     assert record["options"]["epochs_compared"] == epochs  # 6 calls an epoch, 4 runs a round
-    write_report(record, tmp_path)
+    report(record, tmp_path)
     assert set(json.loads((tmp_path / "results.json").read_text())) == KEYS
     assert any("interrupted" in note for note in notes(record))
 
@@ -322,7 +327,7 @@ def test_one_seed_that_diverges_leaves_a_report(tmp_path, monkeypatch):
     monkeypatch.setattr(Tiny, "paper", TINY_PAPER)
     record = results(comparison, "")
     assert record["arms"]["plain"]["final"]["train_loss"]["mean"] is None
-    write_report(record, tmp_path)
+    report(record, tmp_path)
     assert "diverged" in (tmp_path / "report.html").read_text()
 
 
@@ -423,7 +428,7 @@ def test_each_arm_is_judged_at_its_best_against_plain_at_its_best():
 def test_without_a_pair_there_is_no_evidence(arms, words, tmp_path):
     record = results(trained(arms=arms, epochs=1), "")
     assert words in evidence(record)
-    write_report(record, tmp_path)
+    report(record, tmp_path)
 
 
 # The report
@@ -439,7 +444,7 @@ def test_results_hold_every_number(summary, tmp_path):
         assert "steps_to_plain" in arm
         assert len(arm["runs"]) == 2 * 2 * (2 if ARMS[name].weight_norm else 1)
         assert all(len(run["step_loss"]) == 15 for run in arm["runs"])
-    write_report(summary, tmp_path)
+    report(summary, tmp_path)
     strict = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     assert strict == summary
 
@@ -478,7 +483,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_and_loads_nothing(summary, tmp_path):
-    write_report(summary, tmp_path)
+    report(summary, tmp_path)
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
     assert page.open == []
@@ -493,12 +498,12 @@ def test_the_page_is_whole_and_loads_nothing(summary, tmp_path):
 
 
 def test_text_in_the_page_is_escaped(summary, tmp_path):
-    write_report({**summary, "command": "<script>alert(1)</script>"}, tmp_path)
+    report({**summary, "command": "<script>alert(1)</script>"}, tmp_path)
     assert "script" not in Page((tmp_path / "report.html").read_text()).tags
 
 
 def test_files_are_replaced_whole_and_nothing_else_is_left(summary, tmp_path):
     (tmp_path / "results.json").write_text("old")
-    write_report(summary, tmp_path)
+    report(summary, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "curves.png", "report.html"}
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")

@@ -10,7 +10,7 @@ from torch import nn
 
 import weightnorm as wn
 from weightnorm.errors import UserError
-from weightnorm.tasks.dqn import settings, training
+from weightnorm.tasks.dqn import playing, settings, training
 from weightnorm.tasks.dqn.agent import OPTIMIZERS
 from weightnorm.tasks.dqn.environment import AtariVecEnv, random_frames
 from weightnorm.tasks.dqn.settings import Settings
@@ -146,7 +146,7 @@ def test_games_are_played_apart_for_points_and_the_same_ones_until_training_goes
 
     player = Player("SpaceInvaders", "plain", SETTINGS)
     assert player.model.env.step_wait  # trained in a game of its own
-    monkeypatch.setattr(training, "AtariVecEnv", Watched)
+    monkeypatch.setattr(playing, "AtariVecEnv", Watched)
     scores = player.evaluate(3, max_frames=600)
     assert len(scores) == 3
     rewards = np.array([rewards for _, _, rewards, _, _ in played])

@@ -2,8 +2,7 @@
 
 import pytest
 
-from test_compare import made_up
-from weightnorm.compare.report import write_report
+from test_compare import made_up, report
 from weightnorm.compare.results import results
 from weightnorm.tasks.cifar10 import PAPER
 from weightnorm.tasks.task import Paper, PaperArm
@@ -51,7 +50,7 @@ def test_epochs_are_those_at_the_same_place_in_the_schedule(record):
 
 
 def test_it_is_in_the_report(record, tmp_path):
-    write_report(record, tmp_path)
+    report(record, tmp_path)
     text = (tmp_path / "report.html").read_text()
     assert "Beside the paper" in text
     assert "10.00 ± 0.00 (40)" in text

@@ -12,6 +12,7 @@ import torch
 from test_compare import Tiny
 from weightnorm import cli
 from weightnorm.compare import command, saving
+from weightnorm.compare import request as compare_request
 from weightnorm.compare.request import Request
 from weightnorm.compare.saving import NAME
 from weightnorm.errors import UserError
@@ -33,7 +34,7 @@ class Uneven(Tiny):
 
 @pytest.fixture(autouse=True)
 def tasks(monkeypatch):
-    monkeypatch.setattr(saving, "load_task", lambda *_: Uneven())
+    monkeypatch.setattr(compare_request, "load_task", lambda *_: Uneven())
     monkeypatch.setattr(Uneven, "left", 10**9)
     before = signal.getsignal(signal.SIGINT)
     yield
@@ -50,7 +51,7 @@ def losses(comparison):
 @pytest.fixture(scope="module")
 def whole():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "load_task", lambda *_: Tiny())
+        patch.setattr(compare_request, "load_task", lambda *_: Tiny())
         comparison = REQUEST.comparison("cpu")
     comparison.train()
     return losses(comparison)

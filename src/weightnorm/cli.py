@@ -210,7 +210,7 @@ def compare(
         return resume_and_report(resume, device, max_minutes, checkpoint_every)
     from weightnorm.compare.command import compare_and_report
 
-    _refuse(context, f"{task} has its own settings for that", lambda name: name in TASKS[task].without)
+    _refuse(context, f"that means nothing to {task}", lambda name: name in TASKS[task].without)
     request = _request(task, options)
     folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     return compare_and_report(request, folder, device, max_minutes, checkpoint_every)

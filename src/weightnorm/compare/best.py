@@ -10,6 +10,7 @@ from functools import partial
 from statistics import fmean, median_low
 
 from weightnorm.compare.evidence import steps_to_reach, trailing_means
+from weightnorm.compare.loop import Turn
 from weightnorm.compare.run import Epoch, Run, Setting
 from weightnorm.tasks.task import Split
 
@@ -76,7 +77,7 @@ def best_of(
     return min(candidates, key=partial(_final, held_out=held_out))
 
 
-def compared_epochs(runs: Sequence[Run]) -> int:
+def compared_epochs(runs: Sequence[Turn]) -> int:
     """Return how many epochs all runs have done, those apart that diverged or have not begun."""
     return min((len(run.epochs) for run in runs if run.epochs and not run.diverged), default=0) or max(
         (len(run.epochs) for run in runs), default=0

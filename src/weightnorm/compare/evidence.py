@@ -69,7 +69,7 @@ def mean_difference(pairs: Sequence[tuple[float, float]]) -> Interval | None:
         pairs: ``(ours, theirs)``, a pair a seed.
 
     Returns:
-        The difference, or None of nothing.
+        The difference; None of nothing, or where one is not finite.
 
     Example:
         >>> mean_difference([(5, 1), (6, 1), (7, 1)])
@@ -100,8 +100,10 @@ def mean_ratio(pairs: Sequence[tuple[float, float]]) -> Interval | None:
 
 def _interval(values: Sequence[float]) -> Interval | None:
     found = spread(values)
-    if found is None or found.standard_error is None:
-        return found and Interval(found.mean, None, None, found.n)
+    if found is None or not math.isfinite(found.mean):
+        return None
+    if found.standard_error is None:
+        return Interval(found.mean, None, None, found.n)
     half = _T[min(found.n - 1, len(_T)) - 1] * found.standard_error
     return Interval(found.mean, found.mean - half, found.mean + half, found.n)
 

@@ -1,11 +1,13 @@
 """What a comparison of agents measured, as a dict that goes to JSON as it is."""
 
+import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
 from weightnorm.compare.arms import PLAIN, Arm
+from weightnorm.compare.best import compared_epochs
 from weightnorm.compare.evidence import mean_difference, spread
 from weightnorm.compare.games.comparison import GamesComparison
 from weightnorm.compare.games.run import GameRun
@@ -29,7 +31,7 @@ def games_record(comparison: GamesComparison, command: str) -> Record:
         done, those apart that diverged.
     """
     options = comparison.options
-    epochs = min((len(run.epochs) for run in comparison.runs if not run.diverged), default=0)
+    epochs = compared_epochs(comparison.runs)
     runs = {arm: [run for run in comparison.runs if run.arm is arm] for arm in options.arms}
     plain = next((runs[arm] for arm in options.arms if arm.name == PLAIN), [])
     record = {
@@ -79,9 +81,12 @@ def _arm_record(arm: Arm, runs: list[GameRun], plain: list[GameRun], epochs: int
 
 
 def _ends(runs: list[GameRun], epochs: int) -> Mapping[int, float]:
-    """Return seed -> mean score at the end, of runs that came so far."""
-    compared = {run.seed: run.epochs[:epochs] for run in runs if epochs and len(run.epochs) >= epochs}
-    return {seed: fmean(epoch.score for epoch in done[-last(epochs) :]) for seed, done in compared.items()}
+    """Return seed -> mean score at the end, of runs that came so far; NaN of one that diverged."""
+    came = [run for run in runs if epochs and (run.diverged or len(run.epochs) >= epochs)]
+    return {
+        run.seed: math.nan if run.diverged else fmean(epoch.score for epoch in run.epochs[:epochs][-last(epochs) :])
+        for run in came
+    }
 
 
 def _seconds_per_update(runs: list[GameRun]) -> float | None:

@@ -46,6 +46,8 @@ def _verdict(name: str, arm: Record) -> str:
     against = arm["vs_plain"]
     if name == PLAIN:
         return "reference"
+    if arm["end"] and arm["end"]["mean"] is None:
+        return "diverged"
     if against is None:
         return "nothing to compare"
     if against["low"] is None:
@@ -102,8 +104,7 @@ def _beside_paper(record: Record) -> Table | None:
         f"al. 2015: {theirs['mnih']:,}. Random play here: {spread_text(record['random_play'], 1)}.",
     ]
     if record["options"]["budget"] < settings.PAPER_BUDGET:
-        share = record["options"]["budget"] / settings.PAPER_BUDGET
-        notes.append(f"This trained for {share:.2%} of that: the columns are not to be compared.")
+        notes.append(f"This trained for {record['options']['budget']:,}: the columns are not to be compared.")
     return Table(["arm", "highest score here", "highest score in the paper"], rows, notes)
 
 
